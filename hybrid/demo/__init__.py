@@ -1,0 +1,1 @@
+"""The embedded model: its data, its trainer, its files, its examination."""

@@ -1,0 +1,1 @@
+"""Conversations without end, from grammars and word lists of our own."""

@@ -1,0 +1,68 @@
+"""The stream of conversations: what is talked about, and how much of each."""
+
+from collections.abc import Iterator
+from random import Random
+
+from hybrid.demo.data import small_talk, tool_scenes
+from hybrid.demo.data.talk import Conversation, Talk
+
+_INTENT_WEIGHTS = {"dontknow": 4.0, "story": 1.5, "storyanimal": 1.5, "storyname": 1.5, "whoareyou": 2.5, "tellname": 2.0,
+                   "askname": 2.0, "hello": 2.0, "howareyou": 1.5, "whatcanyou": 1.5}  # fmt: skip
+
+
+def conversation(split: str, rng: Random) -> Conversation:
+    """One conversation in the split's own wordings, names and numbers."""
+    talk = Talk(split, rng)
+    if talk.chance(0.35):
+        talk.system()
+    if talk.chance(0.68):
+        _with_tools(talk)
+    else:
+        for _ in range(rng.choice([1, 2, 3, 4, 5, 6, 8])):
+            _small_talk(talk)
+        if talk.chance(0.12):
+            tool_scenes.undeclared(talk)
+            _small_talk(talk)
+    return talk.done()
+
+
+def conversations(split: str, seed: int) -> Iterator[Conversation]:
+    """An endless stream, the same for the same split and seed."""
+    rng = Random(f"{split} {seed}")
+    while True:
+        yield conversation(split, Random(rng.getrandbits(64)))
+
+
+def _small_talk(talk: Talk) -> None:
+    roll = talk.rng.random()
+    if roll < 0.5:
+        names = small_talk.intents()
+        weights = [_INTENT_WEIGHTS.get(name, 1.0) for name in names]
+        small_talk.chat(talk, talk.rng.choices(names, weights)[0])
+    elif roll < 0.65:
+        small_talk.fact(talk)
+    else:
+        small_talk.numbers(talk)
+
+
+def _with_tools(talk: Talk) -> None:
+    rng = talk.rng
+    tool_scenes.declare_some(talk, rng.choice([1, 1, 1, 2, 2, 3, 4, 5]), weather=talk.chance(0.3))
+    turns = rng.choice([1, 2, 3, 4, 5, 6])
+    for turn in range(turns):
+        last = turn == turns - 1
+        roll = rng.random()
+        if roll < 0.42:
+            tool_scenes.single(talk, rng.choice(talk.declared), answered=not last or talk.chance(0.8))
+        elif roll < 0.6:
+            tool_scenes.parallel(talk, answered=not last or talk.chance(0.7))
+        elif roll < 0.75:
+            tool_scenes.undeclared(talk)
+        elif roll < 0.8:
+            able = [d for d in talk.declared if tool_scenes.can_be_incomplete(d)]
+            if able:
+                tool_scenes.incomplete(talk, rng.choice(able))
+        else:
+            _small_talk(talk)
+    if not talk.probes:
+        _small_talk(talk)

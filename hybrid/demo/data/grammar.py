@@ -1,0 +1,111 @@
+"""Patterns of text, and the data files written in them.
+
+`(a|b|)` is one of the alternatives, `{name}` a slot for a value. A pattern with its alternatives chosen and its
+slots still open is what the splits call a wording.
+"""
+
+import re
+from functools import cache
+from importlib import resources
+from random import Random
+from typing import Any
+
+SPLITS = ("train", "dev", "sealed")
+
+_TOKEN = re.compile(r"[(|)]|[^(|)]+")
+SLOT = re.compile(r"\{([a-z_.*]+)\}")
+
+
+class Pattern:
+    """One line of a data file."""
+
+    def __init__(self, line: str) -> None:
+        self.line = line
+        tokens = _TOKEN.findall(line)
+        self._tree, rest = _parse(tokens, 0)
+        if rest != len(tokens):
+            raise ValueError(f"unbalanced parentheses in {line!r}")
+        self.slots = frozenset(SLOT.findall(line))
+
+    def sample(self, rng: Random) -> str:
+        """The text with alternatives chosen, slots still open."""
+        return tidy(_choose(self._tree, rng))
+
+    def count(self) -> int:
+        """How many choices of alternatives there are."""
+        return _count(self._tree)
+
+
+_Tree = list[list[Any]]  # alternatives, each a sequence of str and nested _Tree
+
+
+def _parse(tokens: list[str], at: int) -> tuple[_Tree, int]:
+    tree: _Tree = [[]]
+    while at < len(tokens) and tokens[at] != ")":
+        if tokens[at] == "(":
+            inner, at = _parse(tokens, at + 1)
+            tree[-1].append(inner)
+        elif tokens[at] == "|":
+            tree.append([])
+        else:
+            tree[-1].append(tokens[at])
+        at += 1
+    return tree, at
+
+
+def _choose(tree: _Tree, rng: Random) -> str:
+    parts = tree[0] if len(tree) == 1 else tree[int(rng.random() * len(tree))]
+    return "".join(part if isinstance(part, str) else _choose(part, rng) for part in parts)
+
+
+def _count(tree: _Tree) -> int:
+    total = 0
+    for parts in tree:
+        ways = 1
+        for part in parts:
+            ways *= 1 if isinstance(part, str) else _count(part)
+        total += ways
+    return total
+
+
+def tidy(text: str) -> str:
+    """Without the gaps that empty alternatives leave."""
+    return re.sub(r" ([?.,!:])", r"\1", re.sub(r" +", " ", text)).strip()
+
+
+def fill(text: str, values: dict[str, str]) -> str:
+    """Slots replaced by their values."""
+    return SLOT.sub(lambda found: values[found[1]], text)
+
+
+def slots_of(text: str) -> list[str]:
+    """The slots of a pattern or wording, in order."""
+    return SLOT.findall(text)
+
+
+@cache
+def blocks(name: str) -> list[dict[str, list[str]]]:
+    """A data file's blocks (parted by blank lines): heading -> lines below it.
+
+    A line `@heading rest` opens or reopens a heading, with `rest`, if any, as a line of it.
+    """
+    text = (resources.files(__package__) / "text" / name).read_text(encoding="utf-8")
+    found = []
+    for part in re.split(r"\n\s*\n", text):
+        block: dict[str, list[str]] = {}
+        lines: list[str] = []
+        for line in part.splitlines():
+            if line.startswith("@"):
+                heading, _, rest = line[1:].partition(" ")
+                lines = block.setdefault(heading, [])
+                lines += [rest] if rest else []
+            elif line and not line.startswith("#"):
+                lines.append(line)
+        if block:
+            found.append(block)
+    return found
+
+
+def by_split(block: dict[str, list[str]]) -> dict[str, list[Pattern]]:
+    """The block's wordings."""
+    return {split: [Pattern(line) for line in block.get(split, [])] for split in SPLITS}

@@ -1,0 +1,200 @@
+"""Scenes without tools: small talk, facts, numbers, instructions, jokes and stories."""
+
+import re
+from collections.abc import Callable
+from functools import cache
+from random import Random
+
+from hybrid.demo.data.grammar import SLOT, Pattern, blocks, by_split, fill, slots_of
+from hybrid.demo.data.talk import Talk, spoken
+from hybrid.demo.data.vocabulary import NUMBER_WORDS, split_of
+
+_Wordings = dict[str, list[Pattern]]
+
+
+@cache
+def _named(file: str, heading: str) -> dict[str, tuple[dict[str, list[str]], _Wordings]]:
+    return {block[heading][0]: (block, by_split(block)) for block in blocks(file) if heading in block}
+
+
+def intents() -> list[str]:
+    """The intents of chat.txt."""
+    return list(_named("chat.txt", "intent"))
+
+
+def chat(talk: Talk, name: str) -> None:
+    """One exchange of an intent of chat.txt."""
+    block, wordings = _named("chat.txt", "intent")[name]
+    pattern = talk.pick(wordings)
+    values = {slot: talk.words.text(slot) for slot in pattern.slots}
+    talk.user(spoken(talk, pattern, values), around=0.12)
+    for line in block.get("remembers", []):
+        remembered, slot = line.split(" ")
+        talk.facts[remembered] = values[slot[1:-1]]
+    reply, wording = block["reply"][0], f"{name}: {pattern.line}"
+    if reply == "@joke":
+        talk.says(talk.rng.choice(jokes()), "joke", wording, judge="joke")
+    elif reply == "@story":
+        text = story(talk.rng, values.get("animal"), values.get("person") or talk.words.text("person"))
+        talk.says(text, "story", wording, judge="story")
+    else:
+        known = {**talk.facts, **values}
+        if "unknown" in block and not set(slots_of(reply)) <= set(known):
+            reply = block["unknown"][0]
+        talk.says(fill(reply, known), "memory" if "unknown" in block else "chat", wording)
+
+
+def fact(talk: Talk) -> None:
+    """A question from facts.txt."""
+    tables = _named("facts.txt", "table")
+    name = talk.rng.choice(list(tables))
+    block, wordings = tables[name]
+    a, _, b = (part.strip() for part in talk.rng.choice(block["pairs"][0].split(",")).partition("="))
+    n = talk.rng.randint(2, 5)
+    if name == "lists":
+        b = ", ".join(b.split(". ")[:n])
+    subject = re.match(r"(?:(?:an?|the) )?\S+", a, re.IGNORECASE)
+    assert subject
+    values = {
+        "a": a,
+        "a.lower": a[:1].lower() + a[1:],
+        "a.is": f"{subject[0]} is{a[subject.end() :]}",
+        "b": b,
+        "n": NUMBER_WORDS[n] if talk.chance(0.6) else str(n),
+    }
+    pattern = talk.pick(wordings)
+    talk.user(spoken(talk, pattern, values), around=0.1)
+    talk.says(fill(block["reply"][0], values), "fact", f"{name}: {pattern.line}")
+
+
+_OPERATIONS: dict[str, float] = {
+    "add": 10, "subtract": 4, "multiply": 2, "larger": 1.5, "isgreater": 1, "count": 1.5, "countfrom": 1,
+    "countdown": 1, "next": 1, "repeat": 6, "twice": 1,
+}  # fmt: skip
+
+
+def numbers(talk: Talk, operation: str | None = None) -> None:
+    """A question about numbers or a plain instruction, from numbers.txt."""
+    name = operation or talk.rng.choices(list(_OPERATIONS), list(_OPERATIONS.values()))[0]
+    block, wordings = _named("numbers.txt", "op")[name]
+    values, kind = _numbers_for(talk, name)
+    pattern = talk.pick(wordings)
+    asked = dict(values)
+    if name in ("add", "subtract", "multiply") and talk.chance(0.08):
+        asked |= {k: NUMBER_WORDS[int(v)] for k, v in values.items() if int(v) < len(NUMBER_WORDS)}
+    talk.user(spoken(talk, pattern, asked), around=0.08)
+    talk.says(fill(block["reply"][0], values), kind, f"{name}: {pattern.line}")
+
+
+def addition(talk: Talk, a: int, b: int) -> None:
+    """The question for one sum."""
+    block, wordings = _named("numbers.txt", "op")["add"]
+    pattern, values = talk.pick(wordings), _strings(a, b, a + b)
+    talk.user(spoken(talk, pattern, values))
+    talk.says(fill(block["reply"][0], values), "sum", f"add: {pattern.line}")
+
+
+def _numbers_for(talk: Talk, name: str) -> tuple[dict[str, str], str]:
+    """The values of a question's slots, {c} being the answer, and its kind."""
+    rng = talk.rng
+    if name in ("repeat", "twice"):
+        options = [
+            "message",
+            "person",
+            "word",
+            "city",
+            "{word} {word}",
+            "{word} {word} {word}",
+            "number",
+            "{item} and {item}",
+        ]
+        option = rng.choice(options)
+        return {"x": talk.words.expand(option) if "{" in option else talk.words.text(option)}, "repeat"
+    if name == "add":
+        a, b = _pair(talk, rng.choice([9, 9, 10, 10, 20, 20, 50]))
+        return _strings(a, b, a + b), "sum" if max(a, b) <= 10 else "large sum"
+    if name == "subtract":
+        a, b = sorted(_pair(talk, rng.choice([9, 10, 20])), reverse=True)
+        return _strings(a, b, a - b), "arithmetic"
+    if name == "multiply":
+        a, b = rng.randint(0, 10), rng.randint(0, 10)
+        return _strings(a, b, a * b), "arithmetic"
+    if name in ("larger", "isgreater"):
+        a, b = _pair(talk, rng.choice([9, 30, 99]))
+        if name == "isgreater":
+            return _strings(a, b, "Yes." if a > b else "No."), "arithmetic"
+        return _strings(a, b + (a == b), max(a, b + (a == b))), "arithmetic"
+    if name == "next":
+        a = talk.words.number(0, 98)
+        return _strings(a, 0, a + 1), "arithmetic"
+    low = rng.randint(2, 9) if name == "countfrom" else 1
+    high = rng.randint(low + 1, low + 8) if name == "countfrom" else rng.randint(2, 12)
+    run = range(high, 0, -1) if name == "countdown" else range(low, high + 1)
+    return _strings(low, high, ", ".join(map(str, run))), "count"
+
+
+def _pair(talk: Talk, high: int) -> tuple[int, int]:
+    """Two numbers up to `high`; pairs up to 10 are in every split, larger ones dealt out."""
+    while True:
+        a, b = talk.rng.randint(0, high), talk.rng.randint(0, high)
+        if max(a, b) <= 10 or split_of(f"{a} {b}") == talk.split:
+            return a, b
+
+
+def _strings(a: int, b: int, c: int | str) -> dict[str, str]:
+    return {"a": str(a), "b": str(b), "c": str(c)}
+
+
+@cache
+def _grammar() -> dict[str, list[str]]:
+    return {heading: lines for block in blocks("stories.txt") for heading, lines in block.items()}
+
+
+def jokes() -> list[str]:
+    """Every joke there is."""
+    return _grammar()["joke"]
+
+
+def story(rng: Random, animal: str | None, name: str) -> str:
+    """A short story about `animal` (any, if None) called `name`."""
+    rules = _grammar()
+
+    def listed(key: str) -> list[str]:
+        return rules[key][0].split(", ")
+
+    hero = animal or rng.choice(listed("animals"))
+    drawn = {
+        "animal*": hero,
+        "name*": name[:1].upper() + name[1:],
+        "adjective*": rng.choice(listed("adjectives")),
+        "place*": rng.choice(listed("places")),
+        "thing*": rng.choice(listed("things")),
+        "seeker*": rng.choice(listed("seekers")),
+        "feeling*": rng.choice(listed("feelings")),
+        "other*": rng.choice([a for a in listed("animals") if a != hero]),
+        "friend*": rng.choice(
+            [n for n in ("Bo", "Mimi", "Rolf", "Tilda", "Pip", "Otto", "Wanda", "Finn") if n != name]
+        ),
+    }
+    parts = ["opening", "home", "problem", "search", "talk", "turn", "ending"]
+    if rng.random() < 0.4:
+        parts.remove("home")
+    text = " ".join(SLOT.sub(lambda found: drawn[found[1]], rng.choice(rules[part])) for part in parts)
+    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
+
+
+def is_story(text: str, asked: str) -> bool:
+    """Whether `text` is a story by the grammar's own sentences, with the words it was `asked` to be about."""
+    rules = _grammar()
+    shapes = [
+        SLOT.sub("[^.?]{1,40}", re.sub(r"([.?*+()])", r"\\\1", line.replace("*}", "}")))
+        for part in ("opening", "ending")
+        for line in rules[part]
+    ]
+    opening, ending = shapes[: len(rules["opening"])], shapes[len(rules["opening"]) :]
+    begins = any(re.match(re.sub(r"\ba ", "an? ", shape), text) for shape in opening)
+    ends = any(re.search(shape + "$", text) for shape in ending)
+    return begins and ends and all(word in text for word in asked.split())
+
+
+Scene = Callable[[Talk], None]

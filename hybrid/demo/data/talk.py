@@ -1,0 +1,124 @@
+"""`Conversation`, and `Talk`, which writes one turn by turn."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from random import Random
+from typing import Any
+
+from hybrid.demo.data.grammar import Pattern, blocks, by_split, fill, tidy
+from hybrid.demo.data.toolbox import Declared
+from hybrid.demo.data.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """An assistant message that can be examined: where it is, what it shows, and the wording that asked for it.
+
+    `judge` names how a reply is judged: "exact", or "story" and "joke", which have many right answers.
+    """
+
+    index: int
+    kind: str
+    wording: str
+    judge: str = "exact"
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages and tools as a client sends them, every assistant turn being the wanted one."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    probes: list[Probe]
+
+
+@dataclass
+class Talk:
+    """A conversation being written, in the words of one split."""
+
+    split: str
+    rng: Random
+    declared: list[Declared] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    probes: list[Probe] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
+    calls: int = 0
+
+    def __post_init__(self) -> None:
+        self.words = Vocabulary(self.split, self.rng)
+
+    def chance(self, p: float) -> bool:
+        return self.rng.random() < p
+
+    def pick(
+        self, wordings: dict[str, list[Pattern]], usable: Callable[[Pattern], bool] = lambda _: True
+    ) -> Pattern:
+        """A wording of this split; longer lists of alternatives come up somewhat more often."""
+        options = [p for p in wordings[self.split] if usable(p)]
+        return self.rng.choices(options, [min(p.count(), 64) ** 0.5 for p in options])[0]
+
+    def system(self) -> None:
+        text = self.words.expand(self.pick(_around("system")).sample(self.rng))
+        self.messages.append({"role": "system", "content": text})
+
+    def user(self, request: str, *, around: float = 0.0) -> None:
+        """A user's message: `request` as people type it, with chance `around` among other sentences."""
+        rng = self.rng
+        hasty = rng.random()
+        text = request if hasty < 0.25 else request[:1].upper() + request[1:]
+        if text[-1].isalnum() or text[-1] in "\"'}":
+            text += "" if hasty < 0.5 else "."
+        elif text[-1] == "?" and hasty < 0.12:
+            text = text[:-1]
+        if rng.random() < around:
+            sides = rng.choice(["before", "before", "after", "both"])
+            if sides != "after":
+                text = f"{self._sentence('before')} {text}"
+            if sides != "before":
+                text = f"{text if text[-1] in '.?!' else text + '.'} {self._sentence('after')}"
+        self.messages.append({"role": "user", "content": text})
+
+    def _sentence(self, place: str) -> str:
+        return self.words.expand(self.pick(_around(place)).sample(self.rng))
+
+    def says(self, text: str, kind: str, wording: str, judge: str = "exact") -> None:
+        self.probes.append(Probe(len(self.messages), kind, wording, judge))
+        self.messages.append({"role": "assistant", "content": text})
+
+    def call(self, calls: list[tuple[Declared, dict[str, Any]]], kind: str, wording: str) -> None:
+        """The assistant's call of tools with the values of their labels, ids counted over the conversation."""
+        entries = []
+        for target, values in calls:
+            call_id = f"functions.{target.name}:{self.calls}"
+            arguments = json.dumps(target.arguments(values), ensure_ascii=False)
+            function = {"name": target.name, "arguments": arguments}
+            entries.append({"id": call_id, "type": "function", "function": function})
+            self.calls += 1
+        self.probes.append(Probe(len(self.messages), kind, wording))
+        self.messages.append({"role": "assistant", "content": "", "tool_calls": entries})
+
+    def returned(self, contents: list[str]) -> None:
+        """The results of the calls just made, in their order."""
+        named, results = self.chance(0.5), []
+        for entry, content in zip(self.messages[-1]["tool_calls"], contents, strict=True):
+            message = {"role": "tool", "tool_call_id": entry["id"], "content": content}
+            if named:
+                message["name"] = entry["function"]["name"]
+            results.append(message)
+        self.messages += results
+
+    def done(self) -> Conversation:
+        tools = [d.declaration for d in self.declared] or None
+        return Conversation(self.messages, tools, self.probes)
+
+
+@cache
+def _around(place: str) -> dict[str, list[Pattern]]:
+    return next(by_split(block) for block in blocks("around.txt") if place in block)
+
+
+def spoken(talk: Talk, pattern: Pattern, values: dict[str, str]) -> str:
+    """The pattern with alternatives chosen and `values` in its slots."""
+    return tidy(fill(pattern.sample(talk.rng), values))

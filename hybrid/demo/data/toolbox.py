@@ -1,0 +1,234 @@
+"""Tools: those of tools.txt and made-up ones, and their declarations in OpenAI's format.
+
+Names, descriptions, parameter names and the order of everything vary from declaration to declaration; what a
+request's slots mean is kept by the parameter's first name, its label.
+"""
+
+from dataclasses import dataclass, field
+from functools import cache
+from random import Random
+from typing import Any
+
+from hybrid.demo.data.grammar import SPLITS, Pattern, blocks, by_split
+from hybrid.demo.data.vocabulary import SCHEMAS, split_of
+
+
+@dataclass(frozen=True)
+class Parameter:
+    names: list[str]
+    kind: str
+    abouts: list[str]
+    required: bool
+
+    @property
+    def label(self) -> str:
+        return self.names[0]
+
+
+@dataclass(frozen=True)
+class Tool:
+    """What a tool may be called, takes, returns, and how people ask for it.
+
+    `result`: keys its result may have, kind of the value, and the answer; keys empty: an action that only
+    succeeds or fails.
+    """
+
+    names: list[str]
+    abouts: list[str]
+    parameters: list[Parameter]
+    result_keys: list[str]
+    result_kind: str
+    answer: str
+    wordings: dict[str, list[Pattern]]
+    missing: list[Pattern] = field(default_factory=list)
+    novel: bool = False
+
+    @property
+    def key(self) -> str:
+        return self.names[0]
+
+    @property
+    def required(self) -> list[Parameter]:
+        return [p for p in self.parameters if p.required]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A tool as one conversation declares it: `names` maps labels to the parameters' declared names."""
+
+    tool: Tool
+    name: str
+    names: dict[str, str]
+    declaration: dict[str, Any]
+
+    def arguments(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Labels' values as arguments, in the order of the declaration."""
+        return {self.names[label]: values[label] for label in self.names if label in values}
+
+
+@cache
+def written_tools() -> list[Tool]:
+    """The tools of tools.txt."""
+    return [_read(block) for block in blocks("tools.txt") if "tool" in block]
+
+
+def _read(block: dict[str, list[str]]) -> Tool:
+    parameters = []
+    for heading in ("arg", "opt"):
+        for line in block.get(heading, []):
+            names, kind, abouts = line.split(" : ", 2)
+            parameters.append(Parameter(names.split("/"), kind, abouts.split(" / "), heading == "arg"))
+    keys, kind, answer = "", "", ""
+    parts = block["result"][0].split(" : ")
+    if len(parts) == 3:
+        keys, kind, answer = parts
+    else:
+        kind, answer = parts[0], parts[-1]
+    missing = [Pattern(part) for line in block.get("missing", []) for part in line.split(" / ")]
+    return Tool(
+        block["tool"][0].split("/"), block["about"][0].split(" / "), parameters,
+        [k for k in keys.split("/") if k], kind, answer, by_split(block), missing,
+    )  # fmt: skip
+
+
+_NOUNS = """altitude population mayor area postcode elevation founder age height salary balance birthday address rating
+score weight color calories ingredients author publisher length width duration capacity speed schedule menu history
+members owner manager sales revenue budget humidity sunrise sunset tide traffic pollen parking opening_hours air_quality
+nickname hobby profession country region district river_level water_temperature wind_speed ticket_price rent tax deadline
+headquarters website logo slogan director producer editor artist genre volume_number page_count edition version license
+battery memory storage mileage fuel engine license_plate insurance blood_type shoe_size allergy diet favorite_team coach
+captain ranking medals record_time stadium league visa_rules holidays anthem flag dialing_code voltage plug_type water_depth
+crew cargo gate platform seat delay boarding_time baggage_limit""".split()
+_SUBJECTS = {
+    "city": ["city", "place", "town"], "person": ["person", "name", "user"],
+    "company": ["company", "name", "firm"], "dish": ["dish", "food"], "code": ["id", "number"],
+    "title": ["title", "name", "film"], "word": ["name", "item", "object"],
+}  # fmt: skip
+_FETCH_NAMES = (
+    "get_{}/find_{}/{}_lookup/fetch_{}/lookup_{}/{}_of/{}/query_{}/show_{}/read_{}/get_{}_info".split("/")
+)
+_FETCH_WORDINGS = {
+    "train": """(what's|what is|whats) the NOUN of {key}?
+(tell|give|show) me the NOUN (of|for) {key} (please|)
+(check|get|look up|find|fetch) the NOUN (of|for) {key} (please|)
+(can|could) you (check|get|look up|find|tell me) the NOUN (of|for) {key}?
+(i need|i want|i'd like) (to know|) the NOUN of {key}
+NOUN of {key} (please|)
+(do you know|can you say) the NOUN of {key}?
+(the|) NOUN for {key}?
+(i wonder|i want to know) what the NOUN of {key} is
+(use the tool|use your tools) (and|to) (find|get|tell me) the NOUN of {key}""",
+    "dev": """{key} has which NOUN?
+please read me the NOUN of {key}
+what about the NOUN of {key}?""",
+    "sealed": """what NOUN does {key} have?
+please find out the NOUN of {key}
+how about the NOUN of {key}?
+let me see the NOUN for {key}""",
+}
+_ACTS = """delete archive close lock unlock approve cancel restart stop pause invite block follow ban print rename copy move
+hide show start resume accept reject mute pin share export import clean repair test check count sort""".split()
+_OBJECTS = """file ticket project user account door order job server folder window group channel page table camera printer
+playlist document invoice branch build task machine robot gate device sensor room report backup member image video""".split()
+_ACT_NAMES = ["{}_{}", "{}_{}", "do_{}_{}", "{}_the_{}", "{}_{}_by_name", "{}_{}_now"]
+_ACT_WORDINGS = {
+    "train": """(please|) ACT (the|) OBJECT {key} (please|)
+(can|could|would) you (please|) ACT (the|) OBJECT {key}?
+(i want|i need|i'd like) (you|) to ACT (the|) OBJECT {key}
+ACT (the|) OBJECT (named|called|with the name) {key}
+(we|you) (must|should|have to) ACT (the|) OBJECT {key} (now|)
+(use the tool|use your tools) to ACT (the|) OBJECT {key}""",
+    "dev": """OBJECT {key}: ACT it
+the OBJECT {key} is one to ACT""",
+    "sealed": """it is time to ACT OBJECT {key}
+go ahead and ACT the OBJECT {key}
+would you kindly ACT the OBJECT {key}?""",
+}
+
+
+def novel_tool(split: str, rng: Random) -> Tool:
+    """A tool made up on the spot; its noun, or its verb and object together, belong to the split."""
+    if rng.random() < 0.65:
+        noun = rng.choice([n for n in _NOUNS if split_of(n) == split])
+        spoken, kind = noun.replace("_", " "), rng.choice(list(_SUBJECTS))
+        names = [form.format(noun) for form in _FETCH_NAMES]
+        about = [
+            f"Get the {spoken}.",
+            f"Returns the {spoken} of a {_SUBJECTS[kind][0]}.",
+            f"Look up the {spoken}",
+            f"{spoken} lookup",
+        ]
+        wordings = _insert(_FETCH_WORDINGS, NOUN=spoken)
+        keys, result, answer = (
+            [noun, "result", "value"],
+            rng.choice(["number", "word", "money", "person"]),
+            f"The {spoken} of {{key}} is {{result}}.",
+        )
+    else:
+        while True:
+            act, thing = rng.choice(_ACTS), rng.choice(_OBJECTS)
+            if split_of(f"{act} {thing}") == split:
+                break
+        kind = rng.choice(["word", "code", "person", "company", "title"])
+        names = [form.format(act, thing) for form in _ACT_NAMES]
+        about = [f"{act.capitalize()} a {thing}.", f"Used to {act} a {thing}", f"{act} {thing}"]
+        wordings = _insert(_ACT_WORDINGS, ACT=act, OBJECT=thing)
+        keys, result, answer = [], "ok", f"Done: {act} {thing} {{key}}."
+    own = _SUBJECTS.get(kind, ["name"])
+    parameter = Parameter(["key"], kind, [f"The {own[0]}", f"Name of the {own[0]}", f"Which {own[0]}"], True)
+    name = rng.choice(names)
+    return Tool(
+        [name], about, [_renamed(parameter, rng.choice(own))], keys, result, answer, wordings, novel=True
+    )
+
+
+def _renamed(parameter: Parameter, name: str) -> Parameter:
+    return Parameter([parameter.label, name], parameter.kind, parameter.abouts, parameter.required)
+
+
+def _insert(lines: dict[str, str], **words: str) -> dict[str, list[Pattern]]:
+    """Wordings with capitals replaced; their identity for the splits stays that of the line."""
+    patterns: dict[str, list[Pattern]] = {}
+    for split in SPLITS:
+        patterns[split] = []
+        for line in lines[split].splitlines():
+            text = line
+            for name, word in words.items():
+                text = text.replace(name, word)
+            pattern = Pattern(text)
+            pattern.line = line
+            patterns[split].append(pattern)
+    return patterns
+
+
+def declare(tool: Tool, rng: Random) -> Declared:
+    """A declaration of the tool as some client might write it."""
+    taken = [p for p in tool.parameters if p.required or rng.random() < 0.5]
+    names: dict[str, str] = {}
+    for p in taken:
+        free = [n for n in p.names if n not in names.values() and n != "key"]
+        names[p.label] = free[0] if rng.random() < 0.4 else rng.choice(free)
+    described = rng.random() < 0.8
+    properties = {}
+    for p in taken:
+        schema = dict(SCHEMAS.get(p.kind, {"type": "string"}))
+        if described:
+            about = {"description": rng.choice(p.abouts)}
+            schema = schema | about if rng.random() < 0.8 else about | schema
+        properties[names[p.label]] = schema
+    fields: dict[str, Any] = {"properties": properties}
+    required = [names[p.label] for p in taken if p.required]
+    fields = {"required": required, **fields} if rng.random() < 0.3 else {**fields, "required": required}
+    parameters: dict[str, Any] = {"type": "object", **fields}
+    if rng.random() < 0.1:
+        parameters["additionalProperties"] = False
+    name = tool.names[0] if rng.random() < 0.4 else rng.choice(tool.names)
+    if rng.random() < 0.08:
+        first, *rest = name.split("_")
+        name = first + "".join(word.capitalize() for word in rest)
+    function: dict[str, Any] = {"name": name, "parameters": parameters}
+    if rng.random() < 0.92:
+        function = {"name": name, "description": rng.choice(tool.abouts), "parameters": parameters}
+    if rng.random() < 0.04:
+        function["strict"] = True
+    return Declared(tool, name, names, {"type": "function", "function": function})

@@ -1,0 +1,316 @@
+"""Open words: names, numbers, times and phrases, each belonging to one split by a hash of its spelling.
+
+A value of a kind is drawn as it stands in a sentence, together with what a tool's argument must hold.
+"""
+
+import zlib
+from functools import cache
+from random import Random
+from typing import Any, NamedTuple
+
+from hybrid.demo.data.grammar import SLOT, SPLITS, blocks
+
+
+class Value(NamedTuple):
+    """`text` as written in a sentence, `json` as an argument."""
+
+    text: str
+    json: Any
+
+
+def split_of(text: str) -> str:
+    """The split that a name or number belongs to, wherever and however it is written: train 80 %, others 10 %."""
+    bucket = zlib.crc32(text.lower().encode()) % 10
+    return SPLITS[1] if bucket == 1 else SPLITS[2] if bucket == 0 else SPLITS[0]
+
+
+@cache
+def _lists() -> dict[str, dict[str, list[str]]]:
+    found = {}
+    for name, lines in blocks("words.txt")[-1].items():
+        items = [item.strip() for item in ",".join(lines).split(",")]
+        found[name] = {split: [i for i in items if split_of(i) == split] for split in SPLITS}
+    return found
+
+
+_ONSETS = "b br c ch d dr f fl g gr h j k kl l m n p pl r s sh st t th tr v w z".split()
+_VOWELS = "a e i o u a e i o a e ai ea ia oo ou".split()
+_CODAS = ["", "", "", *"l m n r s t d k nd rn st ld ck".split()]
+_CITY_ENDS = "burg ville ton stad ford field dorf ingen polis grad ham port".split()
+LANGUAGES = (
+    "English German French Spanish Italian Portuguese Dutch Swedish Polish Russian Turkish Greek Arabic Hindi "
+    "Chinese Japanese Korean Finnish Danish Czech Latin"
+).split()
+CURRENCIES = "USD EUR GBP JPY CHF SEK CNY INR dollars euros pounds yen francs kronor rupees yuan".split()
+ROOMS = (
+    "kitchen bathroom bedroom hall cellar garage office attic library nursery living+room dining+room guest+room "
+    "hallway balcony"
+).replace("+", "_")
+TRANSPORTS = "car train bus bike boat plane taxi ferry tram".split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+MONTHS = "January February March April May June July August September October November December".split()
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+ANIMALS = "cat dog mouse bear fox horse owl rabbit frog duck wolf lion hedgehog turtle bird fish goat donkey squirrel".split()
+SIZES, UNITS = ["small", "medium", "large"], ["celsius", "fahrenheit"]
+_CLOSED_BELOW = 13
+"""Numbers below this are in every split."""
+
+
+class Vocabulary:
+    """Draws the words of one split."""
+
+    def __init__(self, split: str, rng: Random) -> None:
+        self.split, self.rng = split, rng
+
+    def value(self, kind: str) -> Value:
+        """A value of a kind that a tool's parameter can have (`_KINDS`), or of a plain string kind."""
+        special = _KINDS.get(kind)
+        if special is not None:
+            value: Value = special(self)
+            return value
+        text = self.text(kind)
+        return Value(text, text)
+
+    def text(self, kind: str) -> str:
+        """A string of a kind: a city, person, dish, time, message..."""
+        made = getattr(self, f"_{kind}", None)
+        if made is not None:
+            return str(made())
+        return self.expand(self.rng.choice(_lists()[_LISTED[kind]][self.split]))
+
+    def expand(self, text: str) -> str:
+        """`text` with every slot filled by its kind, each time anew."""
+        return SLOT.sub(lambda found: self.text(found[1]), text)
+
+    def number(self, low: int, high: int) -> int:
+        """A whole number of this split in [low, high]; the small ones belong to all."""
+        while True:
+            n = self.rng.randint(low, high)
+            if n < _CLOSED_BELOW or split_of(str(n)) == self.split:
+                return n
+
+    def _own(self, make: Any) -> str:
+        """What `make` gives, until it is of this split."""
+        while True:
+            text: str = make()
+            if split_of(text) == self.split:
+                return text
+
+    def _syllables(self, low: int, high: int) -> str:
+        pick = self.rng.choice
+        count = self.rng.randint(low, high)
+        return "".join(pick(_ONSETS) + pick(_VOWELS) for _ in range(count)) + pick(_CODAS)
+
+    def _name(self, low: int = 1, high: int = 3) -> str:
+        return self._own(lambda: self._syllables(low, high).capitalize())
+
+    def _cased(self, text: str) -> str:
+        """Now and then as hasty people type it."""
+        return text.lower() if self.rng.random() < 0.15 else text
+
+    def _city(self) -> str:
+        rng, roll = self.rng, self.rng.random()
+        if roll < 0.45:
+            city = rng.choice(_lists()["cities"][self.split])
+        elif roll < 0.7:
+            city = self._name()
+        elif roll < 0.85:
+            city = self._own(lambda: (self._syllables(1, 1) + rng.choice(_CITY_ENDS)).capitalize())
+        else:
+            form = rng.choice(
+                "New {}|Port {}|San {}|Saint {}|Old {}|Upper {}|Lake {}|{} City|{} Falls|{} Hills|{} Springs|{} Bay".split(
+                    "|"
+                )
+            )
+            city = form.format(self._name(1, 2))
+        return self._cased(city)
+
+    def _person(self) -> str:
+        roll = self.rng.random()
+        if roll < 0.45:
+            return self._cased(self.rng.choice(_lists()["persons"][self.split]))
+        if roll < 0.85:
+            return self._cased(self._name(1, 2))
+        return f"{self._name(1, 2)} {self._name(1, 2)}"
+
+    def _company(self) -> str:
+        roll = self.rng.random()
+        if roll < 0.4:
+            return self._cased(self.rng.choice(_lists()["companies"][self.split]))
+        if roll < 0.75:
+            return self._cased(self._name(1, 2))
+        form = self.rng.choice(
+            "{} Labs|{} Systems|{} Motors|{} Bank|{} Foods|The {}|Cafe {}|Chez {}".split("|")
+        )
+        return form.format(self._name(1, 2))
+
+    def _word(self) -> str:
+        if self.rng.random() < 0.6:
+            return self.rng.choice(_lists()["words"][self.split])
+        return self._own(lambda: self._syllables(1, 3))
+
+    def _dish(self) -> str:
+        if self.rng.random() < 0.5 and (known := _lists()["dishes"][self.split]):
+            return self.rng.choice(known)
+        form = self.rng.choice(
+            "{word} soup|{item} pie|{city} cake|{item} with {item}|{word} bread|{person} salad".split("|")
+        )
+        return self.expand(form)
+
+    def _topic(self) -> str:
+        roll = self.rng.random()
+        if roll < 0.5:
+            return self.rng.choice(_lists()["topics"][self.split])
+        form = self.rng.choice(
+            "{word} and {word}|the history of {city}|{city}|{dish}|the {word} of {city}|{person}|old {word} shops|cheap {item}|{word}".split(
+                "|"
+            )
+        )
+        return self.expand(form)
+
+    def _title(self) -> str:
+        if self.rng.random() < 0.5:
+            return self._cased(self.rng.choice(_lists()["titles"][self.split]))
+        form = self.rng.choice(
+            "{word} {word}|the {word}|{word} of {city}|my {word}|{person} and the {word}".split("|")
+        )
+        text = self.expand(form)
+        return text if self.rng.random() < 0.3 else " ".join(w[:1].upper() + w[1:] for w in text.split())
+
+    def _time(self) -> str:
+        rng = self.rng
+        if rng.random() < 0.3:
+            return rng.choice(
+                [f"{rng.randint(1, 12)} {rng.choice(['am', 'pm'])}", f"{rng.randint(1, 12)} o'clock", "noon"]
+            )
+        return self._own(lambda: f"{rng.randint(0, 23)}:{rng.randint(0, 59):02d}")
+
+    def _date(self) -> str:
+        rng = self.rng
+        if rng.random() < 0.4:
+            return rng.choice(["today", "tomorrow", *DAYS, *(f"next {day}" for day in DAYS)])
+        return self._own(
+            lambda: rng.choice(
+                [
+                    f"{rng.choice(MONTHS)} {rng.randint(1, 28)}",
+                    f"{rng.randint(1, 28)} {rng.choice(MONTHS)}",
+                    f"20{rng.randint(24, 39)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}",
+                ]
+            )
+        )
+
+    def _clock(self) -> str:
+        return self._own(lambda: f"{self.rng.randint(0, 23):02d}:{self.rng.randint(0, 59):02d}")
+
+    def _number(self) -> str:
+        return str(self.number(1, self.rng.choice([12, 99, 999])))
+
+    def _email(self) -> str:
+        ends = self.rng.choice(["com", "org", "net", "de", "io"])
+        return self._own(lambda: f"{self._syllables(1, 2)}@{self._syllables(1, 2)}.{ends}")
+
+    def _code(self) -> str:
+        rng = self.rng
+        letters = "".join(rng.choice("ABCDEFGHJKLMNPRSTUVWXYZ") for _ in range(rng.randint(0, 3)))
+        return self._own(
+            lambda: letters + "".join(rng.choice("0123456789") for _ in range(rng.randint(3, 6)))
+        )
+
+    def _flight(self) -> str:
+        rng = self.rng
+        return self._own(
+            lambda: "".join(rng.choice("ABDEFKLMRSTUX") for _ in range(2)) + str(rng.randint(10, 9999))
+        )
+
+    def _phone(self) -> str:
+        rng = self.rng
+        return self._own(lambda: f"{rng.choice(['555-', '0', '+49 30 '])}{rng.randint(1000, 999999)}")
+
+    def _money(self) -> str:
+        return self._own(
+            lambda: self.rng.choice(
+                [str(self.rng.randint(1, 9999)), f"{self.rng.randint(0, 999)}.{self.rng.randint(1, 99):02d}"]
+            )
+        )
+
+    def _distance(self) -> str:
+        return f"{self.number(2, 999)} {self.rng.choice(['km', 'miles', 'kilometers'])}"
+
+    def _foreign(self) -> str:
+        return " ".join(self._own(lambda: self._syllables(1, 2)) for _ in range(self.rng.randint(1, 3)))
+
+    def _expression(self) -> str:
+        n = [str(self.number(1, 99)) for _ in range(3)]
+        form = self.rng.choice(
+            ["{} + {}", "{} - {}", "{} * {}", "{} / {}", "{}+{}", "{}*{}", "({} + {}) * {}", "{} + {} + {}"]
+        )
+        return form.format(*n)
+
+    def _room(self) -> str:
+        return self.rng.choice(ROOMS.split()).replace("_", " ")
+
+    def _language(self) -> str:
+        return self.rng.choice(LANGUAGES)
+
+    def _currency(self) -> str:
+        return self.rng.choice(CURRENCIES)
+
+    def _transport(self) -> str:
+        return self.rng.choice(TRANSPORTS)
+
+    def _animal(self) -> str:
+        return self.rng.choice(ANIMALS)
+
+
+_LISTED = {
+    "item": "items", "event": "events", "message": "messages", "task": "tasks",
+    "topping": "toppings", "snippet": "snippets", "status": "statuses", "error": "errors",
+}  # fmt: skip
+
+
+def _count_of(words: Vocabulary) -> Value:
+    n = words.number(1, words.rng.choice([12, 12, 99]))
+    return Value(NUMBER_WORDS[n] if 1 < n < len(NUMBER_WORDS) and words.rng.random() < 0.15 else str(n), n)
+
+
+def _decimal(words: Vocabulary, low: int, high: int) -> Value:
+    n = words.number(low, high)
+    if words.rng.random() < 0.7:
+        return Value(str(n), n)
+    text = f"{n}.{words.rng.randint(1, 9)}"
+    return Value(text, float(text))
+
+
+def _closed(options: list[str]) -> Any:
+    def draw(words: Vocabulary) -> Value:
+        option = words.rng.choice(options)
+        return Value(option.capitalize() if options is UNITS and words.rng.random() < 0.5 else option, option)
+
+    return draw
+
+
+def _on_off(words: Vocabulary) -> Value:
+    on = words.rng.random() < 0.5
+    return Value("on" if on else "off", on)
+
+
+_KINDS: dict[str, Any] = {
+    "count": _count_of,
+    "percent": lambda words: (lambda n: Value(str(n), n))(words.number(0, 100)),
+    "amount": lambda words: _decimal(words, 1, words.rng.choice([20, 999])),
+    "degrees": lambda words: _decimal(words, 5, 30),
+    "onoff": _on_off,
+    "unit": _closed(UNITS),
+    "size": _closed(SIZES),
+}
+
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "count": {"type": "integer"},
+    "percent": {"type": "integer"},
+    "amount": {"type": "number"},
+    "degrees": {"type": "number"},
+    "onoff": {"type": "boolean"},
+    "unit": {"type": "string", "enum": UNITS},
+    "size": {"type": "string", "enum": SIZES},
+}
+"""JSON schema of a kind's values; kinds not named here are plain strings."""

@@ -1,0 +1,220 @@
+"""`python -m hybrid.demo.evaluate DIR`: examine an exported model on the sealed split, through the engine.
+
+Turns are matched by teacher forcing (hybrid.demo.trainer.matching says why that is exact); the weather prompts,
+stories and jokes are really generated, greedily, and parsed as a client would get them.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+
+from hybrid.demo.data import small_talk, tool_scenes
+from hybrid.demo.data.encode import Encoder
+from hybrid.demo.data.generator import conversation
+from hybrid.demo.data.talk import Conversation, Talk, spoken
+from hybrid.demo.data.toolbox import Declared, written_tools
+from hybrid.demo.export import config_of, read_back
+from hybrid.demo.trainer.matching import Case, Tally, exact_matches, survey
+from hybrid.demo.trainer.model import DemoModel
+from hybrid.demo.trainer.ops import TorchOps
+from hybrid.engine import Engine
+from hybrid.request import SamplingParams
+
+CARD_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Retrieve current weather information. Call this when the user asks about the weather.",
+        "parameters": {
+            "type": "object",
+            "required": ["city"],
+            "properties": {"city": {"type": "string", "description": "Name of the city"}},
+        },
+    },
+}
+"""The declaration of K2's model card."""
+
+NO_CALL = {"chat", "fact", "sum", "large sum", "arithmetic", "count", "repeat", "memory", "story", "joke"}
+"""Kinds of turns that need no tool."""
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=400)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m hybrid.demo.evaluate", description="Examine the embedded model."
+    )
+    parser.add_argument("directory", type=Path, help="an exported model")
+    parser.add_argument("--conversations", type=int, default=800, help="sealed conversations (default 800)")
+    parser.add_argument(
+        "--weather", type=int, default=10, help="prompts for each weather wording (default 10)"
+    )
+    parser.add_argument("--split", default="sealed", choices=["dev", "sealed"])
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    args = parser.parse_args(argv)
+    with Engine.load(args.directory, device="cpu", threads=args.threads) as engine:
+        figures = examine(engine, args.directory, args.split, args.conversations, args.weather)
+    if args.json is not None:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(figures, indent=2))
+
+
+def examine(engine: Engine, directory: Path, split: str, conversations: int, weather: int) -> dict[str, Any]:
+    """Every figure, as a JSON object."""
+    encoder = Encoder(directory)
+    some = [
+        Case.of(encoder, conversation(split, Random(f"examination {split} {i}")))
+        for i in range(conversations)
+    ]
+    some += [Case.of(encoder, sums) for sums in _sums(split)]
+    likely = {id(case): _argmax(engine, case) for case in some}
+    tally = exact_matches(some, lambda case: likely[id(case)])
+    config = config_of(directory)
+    model = DemoModel(config, TorchOps())
+    read_back(directory, model)
+    loss, loads, reference = survey(model, some)
+    same = [np.mean(likely[id(case)] == other) for case, other in zip(some, reference, strict=True)]
+    positions = [len(case.encoded.tokens) for case in some]
+    return {
+        "split": split,
+        "turns": sum(trials for _, trials in tally.kinds().values()),
+        "held_out_loss": round(loss, 4),
+        "argmax_agreement_with_float32": round(float(np.average(same, weights=positions)), 5),
+        "exact_match": {kind: _share(tally, kind) for kind in tally.kinds()},
+        "unwanted_calls": _unwanted_calls(encoder, some, likely),
+        "expert_load_max_over_mean": [round(float(x.max() / x.mean()), 2) for x in loads],
+        "dead_experts": int((loads == 0).sum()),
+        "weather": _weather(engine, split, weather),
+        **_told(engine, split),
+    }
+
+
+def _argmax(engine: Engine, case: Case) -> np.ndarray[Any, np.dtype[np.int64]]:
+    logits = engine.logits([int(token) for token in case.encoded.tokens])
+    return logits.argmax(-1).numpy()
+
+
+def _share(tally: Tally, kind: str) -> dict[str, Any]:
+    """Mean over turns, and the worst wording asked at least five times."""
+    wordings = {w: (h, n) for (k, w), (h, n) in tally.by_wording.items() if k == kind}
+    hits, trials = (sum(column) for column in zip(*wordings.values(), strict=True))
+    often = {w: h / n for w, (h, n) in wordings.items() if n >= 5}
+    worst = min(often, key=lambda w: often[w], default=None)
+    return {
+        "mean": round(hits / trials, 4),
+        "turns": trials,
+        "worst": None if worst is None else round(often[worst], 3),
+        "worst_wording": worst,
+    }
+
+
+def _sums(split: str) -> Iterator[Conversation]:
+    """Every sum up to 10 + 10, each a conversation of its own."""
+    for a in range(11):
+        for b in range(11):
+            talk = Talk(split, Random(f"sum {a} {b}"))
+            small_talk.addition(talk, a, b)
+            yield talk.done()
+
+
+def _unwanted_calls(encoder: Encoder, some: list[Case], likely: dict[int, Any]) -> dict[str, Any]:
+    """How often a turn that needs no tool (or asks for one that is not there) begins with a call, tools being
+    declared."""
+    begin = encoder.tokenizer.special_ids["<|tool_calls_section_begin|>"]
+    found = {"no tool needed": [0, 0], "undeclared": [0, 0]}
+    for case in some:
+        for probe, (first, _) in zip(case.conversation.probes, case.spans, strict=True):
+            group = "no tool needed" if probe.kind in NO_CALL else probe.kind
+            if case.conversation.tools and group in found:
+                found[group][0] += int(likely[id(case)][first - 1] == begin)
+                found[group][1] += 1
+    return {
+        group: {"rate": round(calls / max(turns, 1), 4), "turns": turns}
+        for group, (calls, turns) in found.items()
+    }
+
+
+def _weather(engine: Engine, split: str, each: int) -> dict[str, Any]:
+    """The model card's tool: called rightly, and its result told, for every weather wording of the split."""
+    tool = written_tools()[0]
+    declared = Declared(tool, "get_weather", {"city": "city"}, CARD_TOOL)
+    patterns = [p for p in tool.wordings[split] if p.slots == {"city"}]
+    called: dict[str, int] = dict.fromkeys((p.line for p in patterns), 0)
+    told, failures = 0, []
+    for pattern in patterns:
+        for i in range(each):
+            talk = Talk(split, Random(f"weather {pattern.line} {i}"), declared=[declared])
+            city = talk.words.value("city")
+            talk.user(spoken(talk, pattern, {"city": city.text}))
+            reply = _reply(engine, talk.messages)
+            if reply == ("", [("get_weather", {"city": city.json})]):
+                called[pattern.line] += 1
+            else:
+                failures.append([talk.messages[-1]["content"], repr(reply)])
+            talk.call([(declared, {"city": city.json})], "weather", pattern.line)
+            tool_scenes.answer(talk, [(declared, {"city": city.json})], "weather")
+            told += _reply(engine, talk.messages[:-1]) == (talk.messages[-1]["content"], [])
+    trials = each * len(patterns)
+    worst = min(called, key=lambda line: called[line])
+    return {
+        "prompts": trials,
+        "called": round(sum(called.values()) / trials, 4),
+        "worst": round(called[worst] / each, 3),
+        "worst_wording": worst,
+        "told": round(told / trials, 4),
+        "failures": failures[:10],
+    }
+
+
+def _reply(engine: Engine, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[str, Any]]]:
+    """What the model says, and its calls with parsed arguments (None: not JSON)."""
+    text, names, arguments = "", dict[int, str](), dict[int, str]()
+    for delta in engine.chat(messages, [CARD_TOOL], GREEDY):
+        text += delta.content or ""
+        for piece in delta.tool_calls:
+            names.setdefault(piece.index, piece.name or "")
+            arguments[piece.index] = arguments.get(piece.index, "") + piece.arguments
+    calls = []
+    for index, name in names.items():
+        try:
+            calls.append((name, json.loads(arguments[index])))
+        except json.JSONDecodeError:
+            calls.append((name, None))
+    return text, calls
+
+
+def _told(engine: Engine, split: str) -> dict[str, Any]:
+    """Stories and jokes, generated: whether they are what was asked for, and one of each."""
+    found: dict[str, Any] = {}
+    for name, judge in (
+        ("storyname", small_talk.is_story),
+        ("joke", lambda text, _: text in small_talk.jokes()),
+    ):
+        good, sample = 0, ""
+        for i in range(20):
+            talk = Talk(split, Random(f"{name} {i}"))
+            small_talk.chat(talk, name)
+            asked = talk.messages[-1]["content"] if name == "storyname" else ""
+            sample = "".join(d.content or "" for d in engine.chat(talk.messages[:-1], None, GREEDY))
+            good += judge(sample, _names_in(asked))
+        found[name] = {"good": good / 20, "sample": sample}
+    return found
+
+
+def _names_in(story: str) -> str:
+    """The hero's name and animal, from a story's own first sentence."""
+    first = story.split(".")[0]
+    name = first.rpartition("called ")[2] if "called " in first else first.rpartition("name ")[2]
+    return name.split(" lived")[0].strip()
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()

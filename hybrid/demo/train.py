@@ -1,0 +1,94 @@
+"""`python -m hybrid.demo.train DIR`: train the embedded model, from the start or from where DIR stopped.
+
+DIR gets checkpoint.pt (everything needed to go on), best.pt (the weights with the best exact match on the
+development split), loss.svg, and, when the run ends, the exported model in DIR/model.
+"""
+
+import argparse
+import ctypes
+import os
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m hybrid.demo.train", description="Train the embedded model."
+    )
+    parser.add_argument("directory", type=Path, help="where the run lives; an interrupted run goes on")
+    parser.add_argument("--tokens", type=float, default=50e6, help="tokens to train on (default 50e6)")
+    parser.add_argument("--batch-tokens", type=int, default=6000, help="tokens a step (default 6000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--muon-rate", type=float, default=5e-3)
+    parser.add_argument("--adam-rate", type=float, default=3e-3)
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that write data (default 1)")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer files and chat template (default: our own)")
+    parser.add_argument(
+        "--evaluate-every", type=float, default=1e6, help="tokens between evaluations (default 1e6)"
+    )
+    parser.add_argument("--save-minutes", type=float, default=5.0, help="between saves (default 5)")
+    parser.add_argument(
+        "--stop-minutes", type=float, help="save and stop then; the same command goes on later"
+    )
+    args = parser.parse_args(argv)
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")  # torch's idle threads would spin on our kernels' cores
+    _keep_pages()
+    train(args)
+
+
+def train(args: argparse.Namespace) -> None:
+    import torch
+
+    from hybrid.demo.data.encode import Encoder
+    from hybrid.demo.export import export
+    from hybrid.demo.shape import config_fields
+    from hybrid.demo.trainer.feed import Feed
+    from hybrid.demo.trainer.loop import Loop
+    from hybrid.demo.trainer.matching import cases
+    from hybrid.demo.trainer.state import Run, Settings
+    from hybrid.synth import ASSETS
+
+    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision("high")
+    source = args.tokenizer or ASSETS
+    encoder = Encoder(source)
+    settings = Settings(args.seed, int(args.tokens), args.batch_tokens, args.muon_rate, args.adam_rate)
+    fields = config_fields(encoder.tokenizer)
+    run = Run(settings, fields, torch.device("cuda" if cuda else "cpu"), None if cuda else args.threads)
+    args.directory.mkdir(parents=True, exist_ok=True)
+    saved = args.directory / "checkpoint.pt"
+    if saved.exists():
+        run.restore(saved)
+        print(f"going on from {run.tokens_seen / 1e6:.2f}M tokens")
+    loop = Loop(
+        run,
+        args.directory,
+        cases(encoder, "dev", 300),
+        evaluate_every=args.evaluate_every,
+        save_seconds=60 * args.save_minutes,
+        stop_after=None if args.stop_minutes is None else 60 * args.stop_minutes,
+    )
+    with Feed(source, settings.seed, settings.batch_tokens, run.next_document, args.workers) as feed:
+        complete = loop.train(feed)
+    if not complete:
+        print(f"stopped at {run.tokens_seen / 1e6:.2f}M tokens; the same command goes on")
+        return
+    if loop.best_weights.exists():
+        run.model.load_state_dict(torch.load(loop.best_weights, map_location=run.device, weights_only=True))
+    out = export(run.model, run.config, source, args.directory / "model")
+    print(f"exported to {out}: {sum(f.stat().st_size for f in out.iterdir()) / 2**20:.2f} MiB")
+
+
+def _keep_pages() -> None:
+    """Ask glibc to keep freed memory: giving a step's hundreds of megabytes back and taking them again costs
+    more time than using them."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for option, value in ((-1, 2**31 - 1), (-3, 2**30)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            libc.mallopt(option, value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""What every training kernel is made of: a small matrix product, a vectorised exp, and threads.
+
+Kernels are plain loops compiled by Numba; they release the GIL, and `Crew.run` gives each thread its own
+part of the work. Parts are fixed by the data alone, so sums come out in the same order on every run.
+"""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from hybrid.demo.trainer.kernels.tile import COLUMNS, tile_1, tile_4, tile_single
+
+Array = NDArray[Any]
+
+OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "numpy", "boundscheck": False}
+jit = njit(**OPTIONS)
+
+
+@njit("void(" + ", ".join(["intp"] * 10) + ")", **OPTIONS)
+def _product(
+    rows: int, depth: int, n: int, a: int, a_row: int, a_col: int, b: int, b_row: int, c: int, c_row: int
+) -> None:
+    """`gemm` on addresses and strides in bytes, so that it is compiled once for all layouts."""
+    whole = n - n % COLUMNS
+    for j in range(0, 4 * whole, 4 * COLUMNS):
+        i = 0
+        while i + 4 <= rows:
+            tile_4(a + i * a_row, a_row, a_col, b + j, b_row, c + i * c_row + j, c_row, depth)
+            i += 4
+        while i < rows:
+            tile_1(a + i * a_row, a_row, a_col, b + j, b_row, c + i * c_row + j, c_row, depth)
+            i += 1
+    for j in range(4 * whole, 4 * n, 4):
+        for i in range(rows):
+            tile_single(a + i * a_row, a_row, a_col, b + j, b_row, c + i * c_row + j, c_row, depth)
+
+
+@jit
+def gemm(a: Array, b: Array, c: Array, n: int) -> None:
+    """c[:, :n] += a @ b[:, :n], float32. a [M,K] has any strides; rows of b [K,>=n] and c [M,>=n] are contiguous.
+
+    Columns beyond the last whole tile of COLUMNS go one by one: pad n where speed matters.
+    """
+    (a_row, a_col), b_row, c_row = a.strides, b.strides[0], c.strides[0]
+    _product(
+        a.shape[0], a.shape[1], n, a.ctypes.data, a_row, a_col, b.ctypes.data, b_row, c.ctypes.data, c_row
+    )
+
+
+@jit
+def whole_tiles(n: int) -> int:
+    """n rounded up to whole tiles of columns."""
+    return (n + COLUMNS - 1) // COLUMNS * COLUMNS
+
+
+@jit
+def clear(x: Array) -> None:
+    """x [M,N] = 0. A loop: Numba takes seconds to compile an assignment to a slice."""
+    for i in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            x[i, j] = 0
+
+
+@jit
+def copy(source: Array, target: Array) -> None:
+    """target[:M, :N] = source [M,N]."""
+    for i in range(source.shape[0]):
+        for j in range(source.shape[1]):
+            target[i, j] = source[i, j]
+
+
+@jit
+def transpose(source: Array, target: Array) -> None:
+    """target[j, i] = source[i, j] for all of source [M,N]; target is [N,>=M]."""
+    for i in range(source.shape[0]):
+        row = source[i]
+        for j in range(source.shape[1]):
+            target[j, i] = row[j]
+
+
+@jit
+def exp_row(x: Array, power: Array, bits: Array, n: int) -> None:
+    """x[:n] = exp(x[:n]) in float32, to 3 ulp; below -87 it gives 0.
+
+    2^k * p(f), with p the degree-6 Taylor polynomial of e^f on |f| <= ln(2)/2; LLVM makes vectors of it, which
+    it cannot of a call to libm. `power` is float32 scratch of n and `bits` the same memory as int32.
+    """
+    for j in range(n):
+        v = x[j]
+        k = np.floor(v * np.float32(1.4426950408889634) + np.float32(0.5))
+        f = v - k * np.float32(0.693359375) + k * np.float32(2.12194440e-4)
+        p = np.float32(1 / 720) * f + np.float32(1 / 120)
+        p = p * f + np.float32(1 / 24)
+        p = p * f + np.float32(1 / 6)
+        p = p * f + np.float32(0.5)
+        p = p * f + np.float32(1.0)
+        p = p * f + np.float32(1.0)
+        x[j] = p
+        bits[j] = (np.int32(max(k, np.float32(-127.0))) + np.int32(127)) << np.int32(23)
+    for j in range(n):
+        x[j] *= power[j]
+
+
+class Crew:
+    """A few threads that run the parts of one kernel side by side; the caller takes part 0."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._pool = ThreadPoolExecutor(size, thread_name_prefix="trainer")
+
+    def run(self, kernel: Callable[..., None], bounds: Array, *args: Any) -> None:
+        """kernel(part, bounds[part], bounds[part + 1], *args) for each part."""
+        parts = [
+            self._pool.submit(kernel, part, int(bounds[part]), int(bounds[part + 1]), *args)
+            for part in range(1, len(bounds) - 1)
+        ]
+        kernel(0, int(bounds[0]), int(bounds[1]), *args)
+        for part in parts:
+            part.result()
+
+    def each(self, kernel: Callable[..., None], tasks: Iterable[tuple[Any, ...]]) -> None:
+        """kernel(*task) for each task, any order, as threads come free."""
+        for task in [self._pool.submit(kernel, *task) for task in tasks]:
+            task.result()
+
+    def split(self, costs: Array) -> Array:
+        """Bounds [size + 1] of contiguous parts of about equal total cost."""
+        total = np.concatenate([[0], np.cumsum(costs)])
+        cuts = np.searchsorted(total, total[-1] * np.arange(1, self.size) / self.size)
+        return np.concatenate([[0], cuts, [len(costs)]]).astype(np.int64)
+
+    def close(self) -> None:
+        self._pool.shutdown()

@@ -1,0 +1,130 @@
+"""MuonClip (Kimi K2's report, arXiv:2507.20534): Muon for matrices, AdamW for the rest, QK-Clip, and the
+balancing of experts without an auxiliary loss (arXiv:2408.15664).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybrid.demo.trainer.kernels.gemm import Crew
+from hybrid.demo.trainer.kernels.muon import muon_update
+from hybrid.demo.trainer.model import DemoModel
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+ROUNDS = 5
+_STACK_PART = 192
+"""Matrices of a stack that one task of the native update takes."""
+
+
+def orthogonalize(x: Tensor) -> Tensor:
+    """Singular values of each matrix of x [B,n,m] brought near 1 (0.7 to 1.2) by Newton-Schulz, as Muon does."""
+    a, b, c = NEWTON_SCHULZ
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.transpose(1, 2).contiguous()
+    for _ in range(ROUNDS):
+        gram = x @ x.transpose(1, 2)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.transpose(1, 2) if tall else x
+
+
+def matrices(model: DemoModel) -> Iterator[tuple[str, nn.Parameter, tuple[int, int, int]]]:
+    """Name, parameter and shape [B,n,m] of every stack of matrices that Muon updates: all but embedding and
+    head. Fused gate and up count as two matrices."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2 or name in ("embed_tokens", "lm_head"):
+            continue
+        rows, columns = parameter.shape[-2:]
+        parts = 2 if name.endswith("gate_up") else 1
+        stack = parameter.numel() // (rows * columns) * parts
+        yield name, parameter, (stack, rows // parts, columns)
+
+
+class Muon:
+    """Momentum, orthogonalised, scaled by 0.2 sqrt(max(n, m)) to AdamW's update size, with weight decay.
+
+    Args:
+        threads: for the compiled update on the CPU; None: torch's operations (any device).
+    """
+
+    def __init__(
+        self, model: DemoModel, *, beta: float = 0.95, weight_decay: float = 0.1, threads: int | None = None
+    ) -> None:
+        self._stacks = list(matrices(model))
+        self.momentum = {name: torch.zeros_like(p) for name, p, _ in self._stacks}
+        self.beta, self.weight_decay = beta, weight_decay
+        self._crew = None if threads is None else Crew(threads)
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        decay = 1 - rate * self.weight_decay
+        if self._crew is None:
+            self._step_torch(rate, decay)
+            return
+        tasks = []
+        for name, parameter, shape in self._stacks:
+            if parameter.grad is None:
+                continue
+            arrays = [
+                t.view(shape).numpy() for t in (parameter.detach(), parameter.grad, self.momentum[name])
+            ]
+            step = rate * 0.2 * max(shape[1:]) ** 0.5
+            for first in range(0, shape[0], _STACK_PART):
+                last = min(first + _STACK_PART, shape[0])
+                tasks.append((first, last, *arrays, self.beta, step, decay, *NEWTON_SCHULZ, ROUNDS))
+        self._crew.each(muon_update, tasks)
+
+    def _step_torch(self, rate: float, decay: float) -> None:
+        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        for name, parameter, shape in self._stacks:
+            if parameter.grad is None:
+                continue
+            momentum = self.momentum[name].mul_(self.beta).add_(parameter.grad)
+            update = parameter.grad.add(momentum, alpha=self.beta)
+            by_shape.setdefault(shape[1:], []).append((parameter.view(shape), update.view(shape)))
+        for matrix, members in by_shape.items():
+            step = rate * 0.2 * max(matrix) ** 0.5
+            updates = orthogonalize(torch.cat([update for _, update in members]))
+            for (weight, _), update in zip(members, updates.split([len(w) for w, _ in members]), strict=True):
+                weight.mul_(decay).sub_(update, alpha=step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.momentum)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, momentum in self.momentum.items():
+            momentum.copy_(state[name])
+
+
+@torch.no_grad()
+def qk_clip(model: DemoModel, peaks: Tensor, tau: float) -> int:
+    """Shrink the query and key weights of every head whose largest logit in `peaks` [layers, heads] exceeds
+    tau: its nope parts by sqrt(tau / peak) each, its rope query by tau / peak; the shared rope key stays.
+    Returns how many heads were clipped."""
+    config = model.config
+    nope = config.qk_nope_head_dim
+    gammas = (tau / peaks.clamp_min(tau)).cpu()
+    for layer, gamma in zip(model.decoder_layers(), gammas, strict=True):
+        for head in (gamma < 1).nonzero().flatten().tolist():
+            g = float(gamma[head])
+            query = layer.self_attn.q_b_proj.view(config.num_attention_heads, config.qk_head_dim, -1)[head]
+            key = layer.self_attn.kv_b_proj.view(config.num_attention_heads, nope + config.v_head_dim, -1)[
+                head
+            ]
+            query[:nope] *= g**0.5
+            query[nope:] *= g
+            key[:nope] *= g**0.5
+    return int((gammas < 1).sum())
+
+
+@torch.no_grad()
+def balance(model: DemoModel, loads: Tensor, rate: float) -> None:
+    """Move each router's bias towards even loads [MoE layers, experts], in proportion to the relative error
+    (at most 1). K2 moves it by a constant; so few tokens a step need the softer rule."""
+    for moe, load in zip(model.moe_layers(), loads.float(), strict=True):
+        error = 1 - load / load.mean()
+        moe.bias += rate * error.clamp(-1, 1)
+        moe.bias -= moe.bias.mean()

@@ -1,0 +1,130 @@
+"""The operations a training step is made of, in plain torch: the reference, and what runs on a GPU.
+
+`Ops` is the face of both implementations; `hybrid.demo.trainer.native` has the one compiled for CPUs.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Several documents one after the other in one row of tokens; none attends to another.
+
+    `starts` int64 [documents + 1] on the CPU; `row`, `position` int64 [tokens] on the model's device: the
+    document and the place in it of every token; `longest`: tokens of the longest.
+    """
+
+    starts: Tensor
+    row: Tensor
+    position: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: Tensor, device: torch.device) -> "Documents":
+        starts = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+        torch.cumsum(lengths, 0, out=starts[1:])
+        row = torch.repeat_interleave(lengths)
+        position = torch.arange(int(starts[-1])) - starts[row]
+        return cls(starts, row.to(device), position.to(device), int(lengths.max()))
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """cos and sin [positions, rope/2] and the softmax scale."""
+
+    cos: Tensor
+    sin: Tensor
+    scale: float
+
+
+class Ops(Protocol):
+    """Differentiable operations on rows of tokens, float32."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [T,H] / rms * weight [H]."""
+
+    def attention(
+        self, q: Tensor, kv: Tensor, k_pe: Tensor, docs: Documents, rope: Rope
+    ) -> tuple[Tensor, Tensor]:
+        """q [T,heads,nope+rope], kv [T,heads,nope+V], k_pe [T,rope], not yet rotated -> [T,heads,V], and the
+        largest scaled logit of each head [heads], without gradient."""
+
+    def route(self, logits: Tensor, bias: Tensor, top_k: int, factor: float) -> tuple[Tensor, Tensor]:
+        """logits [T,E], bias [E] (which only selects) -> ids int64 [T,k], weights [T,k]."""
+
+    def experts(self, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down_t: Tensor) -> Tensor:
+        """sum_k weight_k * down(silu(gate x) * up x): x [T,H], gate_up [E,2I,H], down_t [E,I,H] -> [T,H]."""
+
+
+class TorchOps:
+    """Ops on any device, from torch's own operations."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+    def attention(
+        self, q: Tensor, kv: Tensor, k_pe: Tensor, docs: Documents, rope: Rope
+    ) -> tuple[Tensor, Tensor]:
+        dim = k_pe.shape[-1]
+        nope = q.shape[-1] - dim
+        cos, sin = rope.cos[docs.position, None], rope.sin[docs.position, None]
+        query = torch.cat((q[..., :nope], _rotate(q[..., nope:], cos, sin)), -1)
+        shared = _rotate(k_pe[:, None], cos, sin).expand(-1, q.shape[1], -1)
+        key = torch.cat((kv[..., :nope], shared), -1)
+        # Padding lies behind each document, where a causal mask never looks.
+        q_pad, k_pad, v_pad = (_pad(x, docs) for x in (query, key, kv[..., nope:]))
+        out = F.scaled_dot_product_attention(q_pad, k_pad, v_pad, is_causal=True, scale=rope.scale)
+        with torch.no_grad():
+            peak = _peak_logits(q_pad, k_pad, docs) * rope.scale
+        return out.transpose(1, 2)[docs.row, docs.position], peak
+
+    def route(self, logits: Tensor, bias: Tensor, top_k: int, factor: float) -> tuple[Tensor, Tensor]:
+        scores = logits.sigmoid()
+        ids = (scores.detach() + bias).topk(top_k, dim=-1).indices
+        picked = scores.gather(1, ids)
+        return ids, picked / (picked.sum(-1, keepdim=True) + 1e-20) * factor
+
+    def experts(self, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down_t: Tensor) -> Tensor:
+        experts, (tokens, top_k) = len(gate_up), ids.shape
+        flat = ids.flatten()
+        expert, order = flat.sort(stable=True)
+        counts = torch.bincount(flat, minlength=experts)
+        capacity = int(counts.max())
+        rank = torch.arange(tokens * top_k, device=x.device) - (counts.cumsum(0) - counts)[expert]
+        slot, token = expert * capacity + rank, order // top_k
+        padded = x.new_zeros(experts * capacity, x.shape[1]).index_copy(0, slot, x[token])
+        gate, up = torch.bmm(padded.view(experts, capacity, -1), gate_up.transpose(1, 2)).chunk(2, -1)
+        out = torch.bmm(F.silu(gate) * up, down_t).flatten(0, 1)
+        return torch.zeros_like(x).index_add(0, token, out[slot] * weights.flatten()[order, None])
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate interleaved pairs of x [T,heads,d] by cos, sin [T,1,d/2]."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
+
+
+def _pad(x: Tensor, docs: Documents) -> Tensor:
+    """[T,heads,d] -> [documents,heads,longest,d]."""
+    out = x.new_zeros(len(docs.starts) - 1, docs.longest, *x.shape[1:])
+    return out.index_put((docs.row, docs.position), x).transpose(1, 2)
+
+
+def _peak_logits(q: Tensor, k: Tensor, docs: Documents) -> Tensor:
+    """The largest unscaled causal q.k of each head over all documents, from padded q, k: [heads]."""
+    size = docs.longest
+    hidden = torch.ones(size, size, dtype=torch.bool, device=q.device).triu_(1)
+    lengths = torch.bincount(docs.row, minlength=len(q))
+    padding = torch.arange(size, device=q.device) >= lengths[:, None]
+    peaks = []
+    step = max(1, 2**26 // (q.shape[1] * size * size))
+    for i in range(0, len(q), step):
+        scores = (q[i : i + step] @ k[i : i + step].transpose(-1, -2)).masked_fill_(hidden, -torch.inf)
+        scores.masked_fill_(padding[i : i + step, None, :, None], -torch.inf)
+        peaks.append(scores.amax((0, 2, 3)))
+    return torch.stack(peaks).amax(0)

@@ -1,0 +1,125 @@
+"""One training run: its settings, what it has to remember, and one step of it."""
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from hybrid.config import ModelConfig
+from hybrid.demo.trainer.feed import Batch
+from hybrid.demo.trainer.model import DemoModel
+from hybrid.demo.trainer.muon import Muon, balance, qk_clip
+from hybrid.demo.trainer.native import NativeOps
+from hybrid.demo.trainer.ops import Documents, Ops, TorchOps
+from offload.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What decides the outcome of a run, besides the data generator's code."""
+
+    seed: int = 0
+    tokens: int = 50_000_000
+    batch_tokens: int = 6_000
+    muon_rate: float = 5e-3
+    adam_rate: float = 3e-3
+    warmup_steps: int = 60
+    decay_share: float = 1 / 3
+    balance_rate: float = 0.01
+    qk_clip: float = 100.0
+
+    def schedule(self, tokens_seen: int, step: int) -> float:
+        """Factor on every rate: linear warm-up, constant, linear to nought over the last `decay_share`."""
+        left = max(1 - tokens_seen / self.tokens, 0.0)
+        return min((step + 1) / self.warmup_steps, left / self.decay_share, 1.0)
+
+
+@dataclass
+class Run:
+    """A model in training. `native`: the compiled CPU path; else torch's, on the model's device."""
+
+    settings: Settings
+    config: dict[str, Any]
+    device: torch.device
+    threads: int | None = None
+    step: int = 0
+    tokens_seen: int = 0
+    next_document: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        ops: Ops = TorchOps() if self.threads is None else NativeOps(self.threads)
+        torch.manual_seed(self.settings.seed)
+        self.model = DemoModel(ModelConfig.from_dict(self.config), ops).to(self.device)
+        self.muon = Muon(self.model, threads=self.threads)
+        rest = [p for name, p in self.model.named_parameters() if name not in self.muon.momentum]
+        self.adam = torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def train(self, batch: Batch) -> dict[str, float]:
+        """One step. -> loss, load (largest layer's maximum over mean), peak logit, heads clipped."""
+        settings = self.settings
+        factor = settings.schedule(self.tokens_seen, self.step)
+        docs = Documents.of(batch.lengths, self.device)
+        loss, seen = self.model.loss(batch.tokens.to(self.device), batch.targets.to(self.device), docs)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.muon.step(settings.muon_rate * factor)
+        for group in self.adam.param_groups:
+            group["lr"] = settings.adam_rate * factor
+        self.adam.step()
+        self.model.zero_grad(set_to_none=True)
+        clipped = qk_clip(self.model, seen.peaks, settings.qk_clip)
+        balance(self.model, seen.loads, settings.balance_rate * factor)
+        self.step += 1
+        self.tokens_seen += len(batch.tokens)
+        self.next_document = batch.next_document
+        loads = seen.loads.float()
+        return {
+            "tokens": self.tokens_seen,
+            "loss": float(loss.detach()),
+            "load": float((loads.amax(1) / loads.mean(1)).amax()),
+            "peak": float(seen.peaks.amax()),
+            "clipped": clipped,
+        }
+
+    def save(self, file: Path) -> None:
+        """Everything, atomically: an interrupted save leaves the previous one."""
+        state = {
+            "settings": dataclasses.asdict(self.settings),
+            "config": self.config,
+            "model": self.model.state_dict(),
+            "muon": self.muon.state_dict(),
+            "adam": self.adam.state_dict(),
+            "counters": (self.step, self.tokens_seen, self.next_document),
+            "history": self.history,
+        }
+        draft = file.with_suffix(".part")
+        with draft.open("wb") as out:
+            torch.save(state, out)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(draft, file)
+
+    def restore(self, file: Path) -> None:
+        """Go on from a save.
+
+        Raises:
+            UsageError: the file is of a run with other settings or another shape, or unreadable.
+        """
+        try:
+            state = torch.load(file, map_location=self.device, weights_only=True)
+            same = state["settings"] == dataclasses.asdict(self.settings) and state["config"] == self.config
+        except (OSError, RuntimeError, EOFError, LookupError, ValueError, UnpicklingError) as error:
+            raise UsageError(
+                f"{file}: not a training checkpoint ({error}); delete it to start anew"
+            ) from None
+        if not same:
+            raise UsageError(f"{file}: a run with other settings; use its settings, or another directory")
+        self.model.load_state_dict(state["model"])
+        self.muon.load_state_dict(state["muon"])
+        self.adam.load_state_dict(state["adam"])
+        self.step, self.tokens_seen, self.next_document = state["counters"]
+        self.history = state["history"]

@@ -1,0 +1,64 @@
+"""`ExpertExecutor`: one layer's routed experts for a batch of tokens, wherever a store has them."""
+
+import numpy as np
+from torch import Tensor
+
+from offload.kernels.cpu import CpuKernels
+from offload.store import MmapStore
+
+
+class ExpertExecutor:
+    """Groups tokens by expert and runs all chosen experts of a layer in one go.
+
+    Attributes:
+        bytes_read: expert weight bytes computed from so far; an expert that several tokens of a call share
+            counts once.
+    """
+
+    def __init__(self, store: MmapStore, kernels: CpuKernels) -> None:
+        self._store = store
+        self._kernels = kernels
+        self.bytes_read = 0
+
+    def run(
+        self,
+        layer: int,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        *,
+        decode: bool = True,  # noqa: ARG002 (the same kernels serve both)
+    ) -> Tensor:
+        """The sum over k of topk_weights[t, k] * expert topk_ids[t, k] of x[t], added by ascending expert.
+
+        Args:
+            x: float32 [T, hidden].
+            topk_ids: int64 [T, k], experts of this layer.
+            topk_weights: float32 [T, k].
+            decode: whether these are decode rows; their bits are the same either way.
+
+        Returns:
+            float32 [T, hidden].
+
+        Raises:
+            CheckpointError: an expert touched for the first time holds NaN.
+            WorkerError: a kernel failed.
+        """
+        top_k = topk_ids.shape[1]
+        assert topk_ids.shape == topk_weights.shape == (x.shape[0], top_k), (x.shape, topk_ids.shape)
+        ids = topk_ids.numpy().reshape(-1)
+        order = np.argsort(ids, kind="stable")
+        experts, counts = np.unique(ids, return_counts=True)
+        choices = self._store.experts(layer)
+        assert not len(experts) or (experts[0] >= 0 and experts[-1] < len(choices)), (layer, experts)
+        self._store.touch(layer, experts.tolist(), self._kernels)
+        self.bytes_read += len(experts) * choices[0].nbytes
+        return self._kernels.experts(
+            x,
+            self._store.table(layer),
+            choices[0],
+            experts,
+            np.concatenate(([0], np.cumsum(counts))),
+            order // top_k,
+            np.ascontiguousarray(topk_weights.numpy(), np.float32).reshape(-1)[order],
+        )

@@ -1,0 +1,64 @@
+"""What this machine is: CPU features and physical cores. Measures nothing and imports nothing heavy."""
+
+import functools
+import os
+import platform
+import sys
+from pathlib import Path
+
+from offload.errors import UnsupportedMachine
+
+CPUINFO = Path("/proc/cpuinfo")
+CPU_TOPOLOGY = Path("/sys/devices/system/cpu")
+REQUIRED_FEATURES = ("avx2", "fma", "f16c")
+
+
+@functools.cache
+def _first_cpu() -> dict[str, str]:
+    """The first CPU's fields of /proc/cpuinfo; empty where it cannot be read."""
+    try:
+        text = CPUINFO.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return {}
+    lines = text.split("\n\n", 1)[0].splitlines()
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def cpu_features() -> frozenset[str]:
+    """Feature flags as Linux spells them; what the kernel has not enabled is absent."""
+    return frozenset(_first_cpu().get("flags", "").split())
+
+
+def cpu_vendor() -> str:
+    """ "GenuineIntel", "AuthenticAMD", or whatever the CPU calls itself."""
+    return _first_cpu().get("vendor_id", "")
+
+
+def require_supported_machine() -> None:
+    """Check that this is Linux on x86-64 with AVX2, FMA and F16C.
+
+    Raises:
+        UnsupportedMachine: it is not; the message says what is missing.
+    """
+    system, machine = sys.platform, platform.machine()
+    if system != "linux" or machine not in ("x86_64", "AMD64"):
+        raise UnsupportedMachine(f"hybrid runs on Linux on x86-64; this machine is {system} on {machine}.")
+    missing = [name.upper() for name in REQUIRED_FEATURES if name not in cpu_features()]
+    if missing:
+        raise UnsupportedMachine(
+            f"hybrid needs a CPU with AVX2, FMA and F16C (Intel Haswell, AMD Zen or newer); this one lacks "
+            f"{', '.join(missing)}. In a virtual machine, ask for the host's CPU model."
+        )
+
+
+def physical_cores() -> list[int]:
+    """One logical CPU of each physical core that this process may run on, in ascending order."""
+    first_of_core: dict[tuple[str, str], int] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        topology = CPU_TOPOLOGY / f"cpu{cpu}" / "topology"
+        try:
+            core = ((topology / "physical_package_id").read_text(), (topology / "core_id").read_text())
+        except OSError:
+            core = ("", str(cpu))
+        first_of_core.setdefault(core, cpu)
+    return sorted(first_of_core.values())

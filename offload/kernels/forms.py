@@ -1,0 +1,96 @@
+"""How weights become float32 vectors, by form.
+
+    "shift"  e4m3 codes, for CPUs that multiply subnormal floats at full speed. With the sign shifted to the
+             top of a 32-bit lane, exponent and mantissa 4 bits below, and the rest masked, a code is the
+             float32 of value x 2^-120, exactly, subnormals and zeros included. 16-bit shifts bring two
+             codes there at once; a vector then holds every fourth column.
+    "half"   e4m3 codes, for the others. Sign-extended to 16 bits, shifted left by 7 and masked, a code is
+             the float16 of value x 2^-8, exactly; F16C widens that to float32 without stalls.
+    "tile"   float32 that `widen` (dot.py) made of codes: scaled and ordered as that form's, same bits.
+    "bf16", "f32"
+
+A *step* is four vectors' worth of columns. Activations are prepared to match (arrange.py).
+"""
+
+from typing import Any
+
+from llvmlite import ir
+
+from offload.kernels.intrinsics import I8, I32, I64, pointer
+from offload.kernels.jit import Static
+
+F32, HALF, I16 = ir.FloatType(), ir.HalfType(), ir.IntType(16)
+ITEMSIZE = {"shift": 1, "half": 1, "tile": 4, "bf16": 2, "f32": 4}
+CODES = ("shift", "half")
+SCALED = (*CODES, "tile")  # have block scales
+SHIFT, HALVES, TILED, BF16, PLAIN = (Static(form) for form in ITEMSIZE)
+
+
+def step_columns(width: int) -> int:
+    """Columns of a step with vectors of `width`."""
+    return 4 * width
+
+
+def vector(element: Any, count: int) -> Any:
+    """The LLVM type of `count` elements."""
+    return ir.VectorType(element, count)
+
+
+def constant(element: Any, count: int, value: float) -> Any:
+    """A vector of `count` times `value`."""
+    return ir.Constant(vector(element, count), [value] * count)
+
+
+def pick(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    """The elements `lanes` of the vectors a and b, numbered through."""
+    return builder.shuffle_vector(a, b, ir.Constant(vector(I32, len(lanes)), lanes))
+
+
+def load(builder: Any, address: Any, element: Any, count: int) -> Any:
+    """`count` elements from an address of any alignment."""
+    return builder.load(pointer(builder, address, vector(element, count)), align=1)
+
+
+def load_floats(builder: Any, address: Any, width: int) -> list[Any]:
+    """A step of float32 at `address`."""
+    return [load(builder, builder.add(address, I64(4 * width * i)), F32, width) for i in range(4)]
+
+
+def load_weights(builder: Any, form: str, address: Any, width: int) -> list[Any]:
+    """A step of weights at `address`, as four float32 vectors."""
+    if form == "shift":
+        return _shift_codes(builder, address, width)
+    if form == "half":
+        codes = [load(builder, builder.add(address, I64(i)), I8, 16) for i in range(0, 4 * width, 16)]
+        return [part for group in codes for part in _half_codes(builder, group, width)]
+    return [load_part(builder, form, address, width, i) for i in range(4)]
+
+
+def load_part(builder: Any, form: str, address: Any, width: int, part: int) -> Any:
+    """Vector `part` of the step of "tile", "bf16" or "f32" weights at `address`."""
+    at = builder.add(address, I64(ITEMSIZE[form] * width * part))
+    if form != "bf16":
+        return load(builder, at, F32, width)
+    bits = builder.zext(load(builder, at, I16, width), vector(I32, width))
+    return builder.bitcast(builder.shl(bits, constant(I32, width, 16)), vector(F32, width))
+
+
+def _shift_codes(builder: Any, address: Any, width: int) -> list[Any]:
+    """Codes 4i, 4i + 1, 4i + 2 and 4i + 3 of a step, as float32 of value x 2^-120."""
+    short, wide, count = vector(I16, 2 * width), vector(I32, width), 2 * width
+    codes = builder.bitcast(load(builder, address, I8, 4 * width), short)
+    odd = builder.ashr(codes, constant(I16, count, 4))
+    even = builder.ashr(builder.shl(codes, constant(I16, count, 8)), constant(I16, count, 4))
+    odd, even = builder.bitcast(odd, wide), builder.bitcast(even, wide)
+    up, mask = constant(I32, width, 16), constant(I32, width, 0x87F00000)
+    placed = [builder.shl(even, up), builder.shl(odd, up), even, odd]
+    return [builder.bitcast(builder.and_(bits, mask), vector(F32, width)) for bits in placed]
+
+
+def _half_codes(builder: Any, codes: Any, width: int) -> list[Any]:
+    """16 codes as float32 vectors of value x 2^-8."""
+    short = vector(I16, 16)
+    bits = builder.shl(builder.sext(codes, short), constant(I16, 16, 7))
+    halves = builder.bitcast(builder.and_(bits, constant(I16, 16, 0xBF80)), vector(HALF, 16))
+    parts = [list(range(i, i + width)) for i in range(0, 16, width)]
+    return [builder.fpext(pick(builder, halves, halves, p), vector(F32, width)) for p in parts]

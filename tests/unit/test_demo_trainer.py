@@ -1,0 +1,395 @@
+"""The trainer: compiled operations against torch's, MuonClip against its definition, and whole runs in little."""
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hybrid.config import ModelConfig
+from hybrid.demo.data.encode import Encoder
+from hybrid.demo.data.generator import conversation
+from hybrid.demo.shape import config_fields
+from hybrid.demo.trainer.feed import Batch, Feed, collate, document
+from hybrid.demo.trainer.kernels.gemm import Crew, exp_row, gemm
+from hybrid.demo.trainer.loop import Loop
+from hybrid.demo.trainer.matching import Case, cases, evaluate, exact_matches
+from hybrid.demo.trainer.model import DemoModel
+from hybrid.demo.trainer.muon import Muon, balance, orthogonalize, qk_clip
+from hybrid.demo.trainer.native import NativeOps
+from hybrid.demo.trainer.ops import Documents, TorchOps
+from hybrid.demo.trainer.plot import draw
+from hybrid.demo.trainer.state import Run, Settings
+from hybrid.synth import ASSETS
+from offload.errors import UsageError
+
+CPU = torch.device("cpu")
+SMALL = {
+    "hidden_size": 40,
+    "num_hidden_layers": 3,
+    "n_routed_experts": 24,
+    "moe_intermediate_size": 12,
+    "intermediate_size": 48,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+}
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return Encoder(ASSETS)
+
+
+@pytest.fixture(scope="module")
+def fields(encoder: Encoder) -> dict[str, Any]:
+    return config_fields(encoder.tokenizer, SMALL)
+
+
+@pytest.fixture(scope="module")
+def batches(encoder: Encoder) -> list[Batch]:
+    """Batches of three short documents."""
+    short = [d for i in range(150) if len((d := document(encoder, "train", 0, i)).tokens) < 350]
+    return [collate(short[i : i + 3], i + 3) for i in range(0, 24, 3)]
+
+
+def small_run(fields: dict[str, Any], threads: int | None = 2, **settings: Any) -> Run:
+    return Run(replace(Settings(tokens=40_000, warmup_steps=4), **settings), fields, CPU, threads)
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (4, 4, 16), (37, 65, 71), (8, 3, 32), (130, 32, 128)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gemm_matches_numpy(m: int, k: int, n: int, transposed: bool) -> None:
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((k, m) if transposed else (m, k)).astype(np.float32)
+    a = a.T if transposed else a
+    b, c = rng.standard_normal((k, n)).astype(np.float32), rng.standard_normal((m, n)).astype(np.float32)
+    wanted = c + a.astype(np.float64) @ b
+    gemm(a, b, c, n)
+    np.testing.assert_allclose(c, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_exp_matches_numpy_and_underflows_to_zero() -> None:
+    x = np.concatenate([np.linspace(-87, 20, 1001), [-200.0, -100.0]]).astype(np.float32)
+    y, power = x.copy(), np.empty_like(x)
+    exp_row(y, power, power.view(np.int32), len(y))
+    np.testing.assert_allclose(y[:1001], np.exp(x[:1001].astype(np.float64)), rtol=4e-7)
+    assert (y[1001:] == 0).all()
+
+
+def test_crew_splits_by_cost() -> None:
+    crew = Crew(3)
+    assert crew.split(np.ones(9)).tolist() == [0, 3, 6, 9]
+    assert crew.split(np.array([9.0, 1, 1, 1])).tolist()[1] <= 1
+    crew.close()
+
+
+def two_models(fields: dict[str, Any]) -> tuple[DemoModel, DemoModel]:
+    """The same weights on torch's operations and on the compiled ones."""
+    config = ModelConfig.from_dict(fields)
+    torch.manual_seed(1)
+    plain, native = DemoModel(config, TorchOps()), DemoModel(config, NativeOps(2))
+    torch.nn.init.normal_(plain.lm_head, std=0.1)
+    for moe in plain.moe_layers():
+        torch.nn.init.normal_(moe.bias, std=0.02)
+    native.load_state_dict(plain.state_dict())
+    return plain, native
+
+
+def test_compiled_operations_match_torch(fields: dict[str, Any], batches: list[Batch]) -> None:
+    plain, native = two_models(fields)
+    lengths = torch.tensor([37, 1, 90, 64, 5])
+    tokens = torch.cat([b.tokens for b in batches])[: int(lengths.sum())]
+    targets = torch.randint(-50, 200, tokens.shape, generator=torch.Generator().manual_seed(0))
+    docs = Documents.of(lengths, CPU)
+    results = [model.loss(tokens, targets, docs) for model in (plain, native)]
+    for loss, _ in results:
+        loss.backward()
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(results[1][1].peaks, results[0][1].peaks, rtol=1e-5, atol=1e-5)
+    assert torch.equal(results[1][1].loads, results[0][1].loads)
+    for (name, mine), theirs in zip(native.named_parameters(), plain.parameters(), strict=True):
+        assert mine.grad is not None
+        error = (mine.grad - theirs.grad).norm() / theirs.grad.norm()
+        assert error < 2e-5, name
+
+
+def test_documents_do_not_see_each_other(fields: dict[str, Any]) -> None:
+    model = two_models(fields)[1]
+    tokens = torch.randint(0, 300, (60,), generator=torch.Generator().manual_seed(0))
+    together = model.logits(tokens, Documents.of(torch.tensor([25, 35]), CPU))
+    alone = model.logits(tokens[25:], Documents.of(torch.tensor([35]), CPU))
+    torch.testing.assert_close(together[25:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_matches_transformers(fields: dict[str, Any]) -> None:
+    """The training model is DeepSeek-V3: logits of the exported weights agree (see test_demo_export for fp8)."""
+    transformers = pytest.importorskip("transformers")
+    from hybrid.demo.export import published
+
+    model = two_models(fields)[1]
+    values = {**fields, "model_type": "deepseek_v3"}
+    values.pop("quantization_config")
+    config = transformers.DeepseekV3Config.from_dict(values)
+    config._attn_implementation = "eager"
+    theirs = transformers.DeepseekV3ForCausalLM(config).float().eval()
+    state = theirs.state_dict()
+    for name, tensor in published(model):
+        if ".experts." not in name:
+            state[name].copy_(tensor.detach())
+    for i, layer in enumerate(model.decoder_layers()):
+        if hasattr(layer.mlp, "gate"):
+            state[f"model.layers.{i}.mlp.experts.gate_up_proj"].copy_(layer.mlp.gate_up.detach())
+            state[f"model.layers.{i}.mlp.experts.down_proj"].copy_(layer.mlp.down_t.detach().transpose(1, 2))
+    tokens = torch.randint(0, 300, (50,), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        wanted = theirs(tokens[None]).logits[0]
+        got = model.logits(tokens, Documents.of(torch.tensor([50]), CPU))
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("shape", [(5, 12, 40), (3, 40, 12), (1, 16, 16)])
+def test_orthogonalize_against_svd(shape: tuple[int, int, int]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    got = orthogonalize(x)
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    assert torch.linalg.svdvals(got).min() > 0.3
+    assert torch.linalg.svdvals(got).max() < 1.3
+    rotated = u.transpose(1, 2) @ got @ v.transpose(1, 2)  # diagonal: the same singular vectors
+    off = rotated - torch.diag_embed(rotated.diagonal(dim1=1, dim2=2))
+    assert off.abs().max() < 1e-3
+
+
+def test_compiled_muon_matches_torch(fields: dict[str, Any]) -> None:
+    plain, native = two_models(fields)
+    optimisers = Muon(plain), Muon(native, threads=2)
+    for _ in range(3):
+        for mine, theirs in zip(native.parameters(), plain.parameters(), strict=True):
+            theirs.grad = torch.randn_like(theirs)
+            mine.grad = theirs.grad.clone()
+        for optimiser in optimisers:
+            optimiser.step(5e-3)
+    for (name, mine), theirs in zip(native.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs[1], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_muon_step_is_its_definition() -> None:
+    """W <- W (1 - rate * decay) - rate * 0.2 sqrt(max(n, m)) * orthogonal(gradient + beta * momentum)."""
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(torch.randn(6, 10, generator=torch.Generator().manual_seed(0)))
+    start = model.weight.detach().clone()
+    gradients = [torch.randn(6, 10, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
+    optimiser = Muon(model, beta=0.9, weight_decay=0.1)  # type: ignore[arg-type]
+    for gradient in gradients:
+        model.weight.grad = gradient.clone()
+        optimiser.step(0.01)
+    momentum, weight = torch.zeros(6, 10), start
+    for gradient in gradients:
+        momentum = 0.9 * momentum + gradient
+        update = orthogonalize((gradient + 0.9 * momentum)[None])[0]
+        weight = weight * (1 - 0.01 * 0.1) - 0.01 * 0.2 * 10**0.5 * update
+    torch.testing.assert_close(model.weight.detach(), weight)
+
+
+def test_qk_clip_brings_logits_under_tau(fields: dict[str, Any], batches: list[Batch]) -> None:
+    model = two_models(fields)[1]
+    batch, tau = batches[0], 1.5
+    docs = Documents.of(batch.lengths, CPU)
+    before = model.hidden_states(batch.tokens, docs)[1].peaks
+    kv_before = [layer.self_attn.kv_a_proj_with_mqa.clone() for layer in model.decoder_layers()]
+    clipped = qk_clip(model, before, tau)
+    assert clipped == int((before > tau).sum())
+    assert clipped > 0
+    # Exact in the first layer, whose input the clipping does not change.
+    after = model.hidden_states(batch.tokens, docs)[1].peaks
+    over = before[0] > tau
+    torch.testing.assert_close(after[0][over], torch.full_like(after[0][over], tau), rtol=1e-4, atol=0)
+    torch.testing.assert_close(after[0][~over], before[0][~over])
+    for layer, kv in zip(model.decoder_layers(), kv_before, strict=True):
+        assert torch.equal(layer.self_attn.kv_a_proj_with_mqa, kv)  # the shared rope key stays
+
+
+def test_training_with_a_low_tau_keeps_logits_low(fields: dict[str, Any], batches: list[Batch]) -> None:
+    free, held = small_run(fields), small_run(fields, qk_clip=2.0)
+    seen = [(free.train(b), held.train(b)) for b in batches[:8]]
+    assert sum(clip["clipped"] for _, clip in seen) > 0
+    assert seen[-1][0]["peak"] > 2.5
+    assert seen[-1][1]["peak"] < 2.5
+
+
+def test_balance_moves_towards_even_loads(fields: dict[str, Any]) -> None:
+    model = two_models(fields)[0]
+    before = [moe.bias.clone() for moe in model.moe_layers()]
+    loads = torch.ones(2, 24) * 10
+    loads[:, 0], loads[:, 1] = 40, 0
+    balance(model, loads, 0.01)
+    for moe, bias in zip(model.moe_layers(), before, strict=True):
+        moved = moe.bias - bias
+        assert moved[0] < moved[2] < moved[1]
+        assert abs(float(moe.bias.mean())) < 1e-6
+
+
+@pytest.mark.parametrize("threads", [2, None])
+def test_a_few_steps_reduce_the_loss(
+    fields: dict[str, Any], batches: list[Batch], threads: int | None
+) -> None:
+    run = small_run(fields, threads)
+    losses = [run.train(batches[0])["loss"] for _ in range(12)]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_resumed_run_equals_uninterrupted_one(
+    fields: dict[str, Any], batches: list[Batch], tmp_path: Path
+) -> None:
+    whole, first = small_run(fields), small_run(fields)
+    for batch in batches[:5]:
+        whole.train(batch)
+    for batch in batches[:3]:
+        first.train(batch)
+    first.save(tmp_path / "run.pt")
+    second = small_run(fields)
+    second.restore(tmp_path / "run.pt")
+    assert second.next_document == batches[2].next_document
+    for batch in batches[3:5]:
+        second.train(batch)
+    assert (whole.step, whole.tokens_seen) == (second.step, second.tokens_seen)
+    for (name, mine), theirs in zip(
+        second.model.state_dict().items(), whole.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(mine, theirs), name
+
+
+def test_restore_refuses_other_runs_and_damage(fields: dict[str, Any], tmp_path: Path) -> None:
+    run = small_run(fields)
+    run.save(tmp_path / "run.pt")
+    with pytest.raises(UsageError, match="other settings"):
+        small_run(fields, seed=9).restore(tmp_path / "run.pt")
+    data = (tmp_path / "run.pt").read_bytes()
+    (tmp_path / "run.pt").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UsageError, match="not a training checkpoint"):
+        run.restore(tmp_path / "run.pt")
+    (tmp_path / "run.pt").write_bytes(b"rubbish")
+    with pytest.raises(UsageError, match="not a training checkpoint"):
+        run.restore(tmp_path / "run.pt")
+
+
+def test_schedule_warms_up_holds_and_ends_at_nought() -> None:
+    settings = Settings(tokens=300, warmup_steps=10, decay_share=1 / 3)
+    assert settings.schedule(0, 0) == pytest.approx(0.1)
+    assert settings.schedule(100, 50) == 1.0
+    assert settings.schedule(250, 90) == pytest.approx(0.5)
+    assert settings.schedule(300, 99) == 0.0
+
+
+def test_feed_goes_on_from_any_document(encoder: Encoder) -> None:
+    with Feed(ASSETS, seed=3, batch_tokens=2000, start=0, workers=1) as feed:
+        straight = list(islice(feed.batches(), 5))
+    with Feed(ASSETS, seed=3, batch_tokens=2000, start=straight[1].next_document, workers=1) as feed:
+        resumed = list(islice(feed.batches(), 3))
+    for mine, theirs in zip(resumed, straight[2:], strict=True):
+        assert torch.equal(mine.tokens, theirs.tokens)
+        assert torch.equal(mine.targets, theirs.targets)
+        assert mine.next_document == theirs.next_document
+    first = document(encoder, "train", 3, 0)
+    assert torch.equal(
+        straight[0].tokens[: len(first.tokens)], torch.from_numpy(first.tokens.astype(np.int64))
+    )
+
+
+def test_targets_are_the_next_produced_tokens(encoder: Encoder) -> None:
+    documents = [document(encoder, "train", 0, i) for i in range(4)]
+    batch = collate(documents, 4)
+    at = 0
+    for one in documents:
+        for i in range(len(one.tokens)):
+            produced = i + 1 < len(one.tokens) and one.produced[i + 1]
+            assert batch.targets[at + i] == (int(one.tokens[i + 1]) if produced else -1)
+        at += len(one.tokens)
+
+
+def test_exact_match_agrees_with_greedy_decoding(fields: dict[str, Any], encoder: Encoder) -> None:
+    """A model overfitted on two short conversations gets some turns right and others wrong; teacher forcing must
+    say the same of each as really decoding it."""
+    config = ModelConfig.from_dict(fields)
+    torch.manual_seed(0)
+    model = DemoModel(config, NativeOps(2))
+    some = sorted(cases(encoder, "train", 60), key=lambda case: len(case.encoded.tokens))
+    learnt, unseen = some[:3], some[3:5]
+    batch = collate([case.encoded for case in learnt], 0)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        loss = model.loss(batch.tokens, batch.targets, Documents.of(batch.lengths, CPU))[0]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    checked = []
+    for case in learnt + unseen:
+        tally, _, _ = evaluate(model, [case])
+        probes = [p for p in case.conversation.probes if p.judge == "exact"]
+        right = 0
+        for probe in probes:
+            tokens, wanted = (
+                encoder.prompt(case.conversation, probe.index),
+                encoder.reply(case.conversation, probe.index),
+            )
+            right += decodes_to(model, tokens, wanted)
+        if probes:
+            checked.append((right, sum(hits for hits, _ in tally.kinds().values())))
+    assert all(decoded == forced for decoded, forced in checked)
+    assert checked[0][0] > 0
+    assert any(decoded == 0 for decoded, _ in checked)
+
+
+@torch.no_grad()
+def decodes_to(model: DemoModel, prompt: list[int], wanted: list[int]) -> bool:
+    """Whether greedy decoding, token by token, gives `wanted`."""
+    tokens = list(prompt)
+    for token in wanted:
+        logits: Tensor = model.logits(torch.tensor(tokens), Documents.of(torch.tensor([len(tokens)]), CPU))
+        tokens.append(int(logits[-1].argmax()))
+        if tokens[-1] != token:
+            return False
+    return True
+
+
+def test_spans_are_the_probed_turns(encoder: Encoder) -> None:
+    talk = conversation("train", Random(5))
+    case = Case.of(encoder, talk)
+    for probe, (first, last) in zip(talk.probes, case.spans, strict=True):
+        assert case.encoded.tokens[first:last].tolist() == encoder.reply(talk, probe.index)
+    everything = exact_matches([case], lambda c: np.append(c.encoded.tokens[1:], 0).astype(np.int64))
+    assert all(hits == trials for hits, trials in everything.kinds().values())
+
+
+def test_loop_trains_saves_evaluates_and_goes_on(
+    fields: dict[str, Any], encoder: Encoder, tmp_path: Path
+) -> None:
+    examined = cases(encoder, "dev", 3)
+    options: dict[str, Any] = {"evaluate_every": 3000, "save_seconds": 0.0}
+    run = small_run(fields, tokens=5_000, batch_tokens=1500)
+    with Feed(ASSETS, 0, 1500, 0, 1) as feed:
+        assert not Loop(run, tmp_path, examined, **options, stop_after=0.0).train(feed)
+    again = small_run(fields, tokens=5_000, batch_tokens=1500)
+    again.restore(tmp_path / "checkpoint.pt")
+    assert again.step == run.step == 1
+    with Feed(ASSETS, 0, 1500, again.next_document, 1) as feed:
+        assert Loop(again, tmp_path, examined, **options, stop_after=None).train(feed)
+    assert again.tokens_seen >= 5_000
+    assert any("exact" in entry for entry in again.history)
+
+
+def test_plot_is_well_formed(tmp_path: Path) -> None:
+    from xml.etree import ElementTree
+
+    history = [{"tokens": 1000.0 * i, "loss": 5.0 / i, "exact": i / 20} for i in range(1, 11)]
+    draw(history, tmp_path / "loss.svg")
+    root = ElementTree.parse(tmp_path / "loss.svg").getroot()
+    lines = [e for e in root if e.tag.endswith("polyline")]
+    assert [len(line.attrib["points"].split()) for line in lines] == [10, 10]

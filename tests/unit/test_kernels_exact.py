@@ -1,0 +1,176 @@
+"""The kernels against float64, at every level this machine runs; and that a row's bits are its own."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from offload.errors import CheckpointError
+from offload.executor import ExpertExecutor
+from offload.experts import ExpertWeights
+from offload.fp8 import BLOCK, Weight
+from offload.kernels.cpu import CpuKernels
+from offload.kernels.levels import LEVELS, missing_features
+from offload.store import MmapStore
+
+FINITE = [code for code in range(256) if code & 0x7F != 0x7F]
+SUBNORMAL = [code for code in range(256) if code & 0x78 == 0]
+
+
+@pytest.fixture(scope="module", params=LEVELS)
+def kernels(request: pytest.FixtureRequest) -> Iterator[CpuKernels]:
+    missing = missing_features(LEVELS[request.param])
+    if missing:
+        pytest.skip(f"this CPU lacks {', '.join(missing)}")
+    made = CpuKernels(2, request.param)
+    yield made
+    made.close()
+
+
+def fp8(rows: int, columns: int, codes: list[int], seed: int) -> Weight:
+    rng = np.random.default_rng(seed)
+    data = torch.from_numpy(rng.choice(np.array(codes, np.uint8), (rows, columns)))
+    shape = -(-rows // BLOCK), -(-columns // BLOCK)
+    scale = torch.from_numpy(rng.uniform(0.5, 2.0, shape).astype(np.float32)) / 64
+    return Weight(data.view(torch.float8_e4m3fn), scale)
+
+
+def float64(weight: Weight) -> Tensor:
+    """Independent of Weight.dequantize: float64 codes times float64 scales."""
+    if weight.scale is None:
+        return weight.data.double()
+    rows, columns = weight.shape
+    scale = weight.scale.double().repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+    return weight.data.double() * scale
+
+
+def error(got: Tensor, wanted: Tensor) -> float:
+    return float((got.double() - wanted).norm() / wanted.norm())
+
+
+SHAPES = [(1, 1), (5, 7), (128, 128), (130, 257), (33, 1500), (300, 2049)]
+
+
+@pytest.mark.parametrize("codes", [FINITE, SUBNORMAL], ids=["all finite", "subnormal and zero"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_fp8(kernels: CpuKernels, shape: tuple[int, int], codes: list[int]) -> None:
+    weight = fp8(*shape, codes, seed=shape[0])
+    x = torch.randn(5, shape[1], generator=torch.Generator().manual_seed(1))
+    wanted = x.double() @ float64(weight).T
+    got = kernels.linear(x, weight, decode=True)
+    assert error(got, wanted) < 2e-6 if wanted.any() else not got.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_of_other_dtypes(kernels: CpuKernels, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight = Weight(torch.randn(shape, generator=generator).to(dtype))
+    x = torch.randn(20, shape[1], generator=generator)
+    wanted = x.double() @ float64(weight).T
+    assert error(kernels.linear(x, weight, decode=False), wanted) < 2e-6
+
+
+def test_every_finite_code_is_exact(kernels: CpuKernels) -> None:
+    data = torch.tensor(FINITE, dtype=torch.uint8).view(torch.float8_e4m3fn)[:, None].contiguous()
+    weight = Weight(data, torch.full((2, 1), 0.5))
+    got = kernels.linear(torch.ones(1, 1), weight, decode=True)[0]
+    assert torch.equal(got.double(), data[:, 0].double() * 0.5)
+
+
+def experts(count: int, hidden: int, intermediate: int, codes: list[int] = FINITE) -> list[ExpertWeights]:
+    return [
+        ExpertWeights(
+            fp8(intermediate, hidden, codes, 3 * e),
+            fp8(intermediate, hidden, codes, 3 * e + 1),
+            fp8(hidden, intermediate, codes, 3 * e + 2),
+        )
+        for e in range(count)
+    ]
+
+
+def layer64(weights: list[ExpertWeights], x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for t in range(len(x)):
+        for e, gate in zip(ids[t].tolist(), gates[t].double(), strict=True):
+            g, u, d = (float64(w) for w in weights[e])
+            inner = torch.nn.functional.silu(g @ x[t].double()) * (u @ x[t].double())
+            out[t] += gate * (d @ inner)
+    return out
+
+
+def routed(tokens: int, hidden: int, count: int, top_k: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.stack([torch.randperm(count, generator=generator)[:top_k] for _ in range(tokens)])
+    return (
+        torch.randn(tokens, hidden, generator=generator) / 8,
+        ids,
+        torch.rand(tokens, top_k, generator=generator),
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 40])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(256, 128), (200, 150), (37, 1030)])
+def test_experts_against_float64(kernels: CpuKernels, tokens: int, hidden: int, intermediate: int) -> None:
+    weights = experts(6, hidden, intermediate)
+    x, ids, gates = routed(tokens, hidden, 6, 3, seed=tokens)
+    executor = ExpertExecutor(MmapStore({4: weights}), kernels)
+    got = executor.run(4, x, ids, gates, decode=tokens <= 8)
+    assert error(got, layer64(weights, x, ids, gates)) < 2e-6
+    assert executor.bytes_read == len(ids.unique()) * weights[0].nbytes
+
+
+def test_a_row_has_the_same_bits_in_any_batch_and_on_any_number_of_threads(kernels: CpuKernels) -> None:
+    weights = experts(6, 200, 150)
+    x, ids, gates = routed(13, 200, 6, 3, seed=5)
+    together = ExpertExecutor(MmapStore({0: weights}), kernels).run(0, x, ids, gates, decode=True)
+    single = CpuKernels(1, kernels.level)
+    try:
+        for owner in (kernels, single):
+            executor = ExpertExecutor(MmapStore({0: weights}), owner)
+            for t in range(13):
+                alone = executor.run(0, x[t : t + 1], ids[t : t + 1], gates[t : t + 1], decode=True)
+                assert torch.equal(alone[0], together[t])
+            linear = owner.linear(x, weights[0].gate, decode=True)
+            for t in range(13):
+                assert torch.equal(owner.linear(x[t : t + 1], weights[0].gate, decode=True)[0], linear[t])
+    finally:
+        single.close()
+
+
+def test_an_expert_of_zeros_gives_exactly_zero(kernels: CpuKernels) -> None:
+    weights = experts(2, 130, 40, codes=[0x00, 0x80])
+    x, ids, gates = routed(3, 130, 2, 2, seed=1)
+    out = ExpertExecutor(MmapStore({0: weights}), kernels).run(0, x, ids, gates, decode=True)
+    assert not out.any()
+
+
+@pytest.mark.parametrize(
+    ("heads", "nope", "value", "latent"), [(1, 8, 8, 16), (3, 24, 40, 72), (4, 128, 128, 512)]
+)
+def test_absorbed_products(kernels: CpuKernels, heads: int, nope: int, value: int, latent: int) -> None:
+    kv_b = fp8(heads * (nope + value), latent, FINITE, seed=heads)
+    dense = float64(kv_b).view(heads, nope + value, latent)
+    generator = torch.Generator().manual_seed(heads)
+    q = torch.randn(5, heads, nope, generator=generator)
+    got = kernels.absorb_query(q, kv_b, value)
+    assert error(got, torch.einsum("thd,hdl->thl", q.double(), dense[:, :nope])) < 2e-6
+    assert torch.equal(kernels.absorb_query(q[3:4], kv_b, value)[0], got[3])
+    o = torch.randn(5, heads, latent, generator=generator)
+    assert (
+        error(kernels.expand_value(o, kv_b, nope), torch.einsum("thl,hvl->thv", o.double(), dense[:, nope:]))
+        < 2e-6
+    )
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+@pytest.mark.parametrize("at", [0, 1, 4999, 37 * 200 - 1])
+def test_a_nan_code_is_found_on_first_touch(kernels: CpuKernels, code: int, at: int) -> None:
+    weights = experts(3, 200, 37)
+    weights[1].down.data.view(torch.uint8).view(-1)[at] = code
+    store = MmapStore({0: weights})
+    store.touch(0, [0, 2], kernels)
+    with pytest.raises(CheckpointError, match="layer 0, expert 1, down"):
+        store.touch(0, [0, 1], kernels)

@@ -1,0 +1,99 @@
+"""Both ways of reading codes at both vector widths, whichever this CPU prefers, and values at float32's edges.
+
+The 512-bit kernels use no instruction by name, so they also run, in halves, where vectors have 256 bits.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from offload.fp8 import Weight
+from offload.kernels import cpu
+from offload.kernels.cpu import CpuKernels
+from offload.kernels.levels import LEVELS, Level, missing_features
+from tests.unit.test_kernels_exact import FINITE, SUBNORMAL, error, float64, fp8
+
+FORMS = [Level(f"{codes}{width}", width, (), codes) for codes in ("shift", "half") for width in (8, 16)]
+
+
+@pytest.fixture(scope="module", params=FORMS, ids=lambda level: level.name)
+def kernels(request: pytest.FixtureRequest) -> Iterator[CpuKernels]:
+    if missing := missing_features(LEVELS["avx2"]):
+        pytest.skip(f"this CPU lacks {', '.join(missing)}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "choose_level", lambda _: request.param)
+        made = CpuKernels(2)
+    yield made
+    made.close()
+
+
+def activations(rows: int, columns: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 2200),
+    tokens=st.integers(1, 9),
+    offset=st.integers(0, 63),
+    codes=st.sampled_from([FINITE, SUBNORMAL, [0x80, 0x00, 0x01]]),
+)
+def test_any_shape_at_any_address(
+    kernels: CpuKernels, rows: int, columns: int, tokens: int, offset: int, codes: list[int]
+) -> None:
+    weight = fp8(rows, columns, codes, seed=rows)
+    room = torch.zeros(rows * columns + 64, dtype=torch.uint8)
+    moved = room[offset : offset + rows * columns].copy_(weight.data.view(torch.uint8).view(-1))
+    weight = Weight(moved.view(torch.float8_e4m3fn).view(rows, columns), weight.scale)
+    x = activations(tokens, columns, seed=columns)
+    got = kernels.linear(x, weight)
+    wanted = x.double() @ float64(weight).T
+    # Against the products' own size: a sum may cancel to nothing.
+    size = x.double().abs() @ float64(weight).abs().T
+    assert ((got - wanted).abs() <= 2e-6 * size + 1e-45).all()
+    for row in (0, tokens - 1):
+        assert torch.equal(kernels.linear(x[row : row + 1], weight)[0], got[row])
+
+
+def test_every_finite_code_is_exact(kernels: CpuKernels) -> None:
+    data = torch.tensor(FINITE, dtype=torch.uint8).view(torch.float8_e4m3fn)[:, None].contiguous()
+    weight = Weight(data, torch.full((2, 1), 0.5))
+    for x in (1.0, -1.0, 2.0**-60, 2.0**60):
+        got = kernels.linear(torch.full((1, 1), x), weight)[0]
+        assert torch.equal(got.double(), data[:, 0].double() * 0.5 * x)
+
+
+@pytest.mark.parametrize("exponent", [-98, -60, 60, 110])
+@pytest.mark.parametrize("codes", [FINITE, SUBNORMAL], ids=["all finite", "subnormal and zero"])
+def test_extreme_scales_with_finite_products(kernels: CpuKernels, codes: list[int], exponent: int) -> None:
+    weight = fp8(130, 300, codes, seed=1)
+    assert weight.scale is not None
+    weight = Weight(weight.data, weight.scale * 2.0**exponent)
+    for x in (activations(5, 300), activations(2, 300) * 2.0**-10):
+        assert error(kernels.linear(x, weight), x.double() @ float64(weight).T) < 2e-6
+
+
+@pytest.mark.parametrize("exponent", [-100, -30, 30, 90])
+def test_extreme_activations(kernels: CpuKernels, exponent: int) -> None:
+    weight = fp8(20, 300, FINITE, seed=2)
+    x = activations(5, 300) * 2.0**exponent
+    assert error(kernels.linear(x, weight), x.double() @ float64(weight).T) < 2e-6
+
+
+def test_a_row_of_zeros_gives_zeros_and_a_nan_stays_in_its_row(kernels: CpuKernels) -> None:
+    weight = fp8(20, 300, [0x38, 0xB8], seed=3)
+    x = activations(5, 300)
+    x[1] = 0
+    clean = kernels.linear(x, weight)
+    assert not clean[1].any()
+    x[3, 7] = float("nan")
+    x[4, 7] = float("inf")
+    got = kernels.linear(x, weight)
+    assert torch.equal(got[:3], clean[:3])
+    assert got[3].isnan().all()
+    assert got[4].isinf().all()
