@@ -5,13 +5,16 @@ Plain Numba loops keep the tile in memory and reach half of this.
 
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-COLUMNS = 16
-"""Columns of the wide tiles: two vectors of eight floats."""
+LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
+"""Floats of one vector register of this CPU."""
+
+COLUMNS = 2 * LANES
+"""Columns of the wide tiles: two vectors."""
 
 
 def _make_tile(rows: int, vectors: int, lanes: int) -> Any:
@@ -83,6 +86,6 @@ def _make_tile(rows: int, vectors: int, lanes: int) -> Any:
     return tile
 
 
-tile_4 = _make_tile(4, 2, COLUMNS // 2)
-tile_1 = _make_tile(1, 2, COLUMNS // 2)
+tile_4 = _make_tile(4, 2, LANES)
+tile_1 = _make_tile(1, 2, LANES)
 tile_single = _make_tile(1, 1, 1)
