@@ -1,6 +1,6 @@
 """Activations as the micro-kernels want them, by the form of the weights they meet.
 
-Each token's row is copied once a call: padded with zeros to whole steps and, for "shift" weights, brought
+Each token's row is copied once a call: padded with zeros to whole steps and, for interleaved weights, brought
 into their order of columns and multiplied by a power of two that makes up for theirs, which is exact.
 `arrange` returns the factor to multiply the token's products by in the end.
 """
@@ -11,15 +11,14 @@ import numba
 import numpy as np
 from numba.extending import overload, register_jitable
 
-from offload.kernels.forms import step_columns
+from offload.kernels.forms import INTERLEAVED, step_columns
 from offload.kernels.intrinsics import as_pointer
 from offload.kernels.jit import Static, jit
 from offload.kernels.memory import clear, floats
 
 MAX_STEP = step_columns(16)
-CODES_EXPONENT = -120  # "shift" weights are value x 2^-120
-LARGEST = 110  # the exponent that a row's largest magnitude is brought to: products end up near 1
-EXPONENTS = -7, 127  # of the powers of two a row can be multiplied by, so that the undoing one is finite
+CODES_EXPONENT = {"shift": -120, "offset": -8}  # weights are value x 2^this
+NEAR_ONE = -10  # the exponent that a row's largest magnitude and the weights' add up to
 
 
 @register_jitable
@@ -45,11 +44,12 @@ def _largest_exponent(x: Any, columns: int) -> int:
 
 
 @jit
-def _interleave(source: int, columns: int, target: int, step: int) -> np.float32:
-    """target[g, j, i] = source[g, i, j] * 2^k over steps g; returns what undoes 2^k and the weights' scale."""
+def _interleave(source: int, columns: int, target: int, step: int, codes: int) -> np.float32:
+    """target[g, j, i] = source[g, i, j] * 2^k over steps g; returns what undoes 2^k and the weights' 2^codes."""
     x, y = floats(source), floats(target)
     largest = _largest_exponent(as_pointer(source, numba.uint32), columns)
-    exponent = max(min(LARGEST - largest, EXPONENTS[1]), EXPONENTS[0])
+    exponent = NEAR_ONE - codes - largest
+    exponent = max(min(exponent, 127), -127 - codes)  # so that 2^k and what undoes it are finite
     scale, quarter = _power_of_two(exponent), step // 4
     whole = columns // step * step
     for begin in range(0, whole, step):
@@ -61,7 +61,7 @@ def _interleave(source: int, columns: int, target: int, step: int) -> np.float32
         for c in range(whole, columns):
             i, j = (c - whole) // 4, (c - whole) % 4
             y[whole + j * quarter + i] = x[c] * scale
-    return _power_of_two(-CODES_EXPONENT - exponent)
+    return _power_of_two(-codes - exponent)
 
 
 @jit
@@ -80,10 +80,11 @@ def arrange(level: Static, form: Static, source: int, columns: int, target: int)
 @overload(arrange)
 def _arrange(level: Any, form: Any, source: Any, columns: Any, target: Any) -> Any:
     step = step_columns(level.value.width)
-    if form.value == "shift":
+    if form.value in INTERLEAVED:
+        codes = CODES_EXPONENT[form.value]
 
         def interleave(level: Any, form: Any, source: Any, columns: Any, target: Any) -> Any:
-            return _interleave(source, columns, target, step)
+            return _interleave(source, columns, target, step, codes)
 
         return interleave
     factor = np.float32(256 if form.value == "half" and level.value.width > 1 else 1)

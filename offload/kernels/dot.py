@@ -6,6 +6,7 @@ multiply-adds in a fixed order of columns; a block's sums are multiplied by its 
 tile's; a tile's lanes are summed in a fixed tree and added to the result. Only the level changes the bits.
 """
 
+from functools import reduce
 from typing import Any
 
 from llvmlite import ir
@@ -20,10 +21,12 @@ from offload.kernels.forms import (
     SCALED,
     constant,
     load,
+    load_exact,
     load_floats,
     load_part,
     load_weights,
     pick,
+    rare_codes,
     step_columns,
     vector,
 )
@@ -33,6 +36,7 @@ BLOCK = 128
 TILE = 1024
 ROWS = 4  # weight rows a micro-kernel takes
 LINE = 64  # bytes of a cache line
+SOON = 1024  # bytes from a row's current line to the one fetched into L1
 
 
 def _sum_rows(builder: Any, vectors: list[Any], width: int) -> Any:
@@ -96,22 +100,20 @@ class _Dot:
     def add_step(self, rows: list[Any], column: Any) -> None:
         """block_sums += a step of columns, weights at these addresses."""
         if self.form in CODES:
-            self._add_codes(rows, column)
+            for row, sums in zip(rows, self.block_sums, strict=True):
+                self._add_codes(row, sums, column, load_exact)
         else:
             self._add_parts(rows, column)
 
-    def _add_codes(self, rows: list[Any], column: Any) -> None:
-        """Row by row: converting codes gives all of a step's vectors at once."""
+    def _add_codes(self, row: Any, sums: list[Any], column: Any, load_codes: Any) -> None:
+        """sums += a step of one row: converting codes gives all of its vectors at once."""
         builder = self.builder
-        for row, sums in zip(rows, self.block_sums, strict=True):
-            if (
-                len(self.xs) > 1
-            ):  # else LLVM keeps all activations of a step in registers, and spills the sums
-                column = opaque(builder, column)
-            activations = [load_floats(builder, self._x_address(x, column), self.width) for x in self.xs]
-            for i, weights in enumerate(load_weights(builder, self.form, row, self.width)):
-                for x, place in zip(activations, sums, strict=True):
-                    builder.store(_fma(builder, weights, x[i], builder.load(place)), place)
+        if len(self.xs) > 1:  # else LLVM keeps all activations of a step in registers, and spills the sums
+            column = opaque(builder, column)
+        activations = [load_floats(builder, self._x_address(x, column), self.width) for x in self.xs]
+        for i, weights in enumerate(load_codes(builder, self.form, row, self.width)):
+            for x, place in zip(activations, sums, strict=True):
+                builder.store(_fma(builder, weights, x[i], builder.load(place)), place)
 
     def _add_parts(self, rows: list[Any], column: Any) -> None:
         """Vector by vector: few registers besides the sums."""
@@ -127,24 +129,50 @@ class _Dot:
     def _x_address(self, x: Any, column: Any) -> Any:
         return self.builder.add(x, self.builder.mul(column, I64(4)))
 
-    def prefetch(self, base: Any, offset: Any) -> None:
-        """As many bytes as a step of the four rows has, `offset` bytes into each, from the rows at `base`.
-
-        They are read in address order, as one stream: rows side by side would be four, which the memory
-        serves less well.
-        """
+    def prefetch(self, row: int, offset: Any, ahead: list[Any]) -> None:
+        """The line `offset` bytes into a row of `ahead`, four rows as long as these, for L2, and this row's
+        own soon to come for L1."""
         builder = self.builder
-        at = builder.add(base, builder.mul(offset, I64(ROWS)))
-        for byte in range(0, ROWS * self.step * self.itemsize, LINE):
-            emit_prefetch(builder, builder.add(at, I64(byte)), 2)
-
-    def add_whole_step(self, column: Any, ahead: list[Any]) -> None:
-        """block_sums += a step from `column`; meanwhile the step of `ahead` is prefetched."""
-        builder = self.builder
-        offset = builder.mul(column, I64(self.itemsize))
+        size = builder.sub(self.rows[1], self.rows[0])
         for base in ahead:
-            self.prefetch(base, offset)
-        self.add_step([builder.add(row, offset) for row in self.rows], column)
+            there = builder.add(base, builder.mul(size, I64(row)))
+            emit_prefetch(builder, builder.add(there, offset), 2)
+            soon = builder.add(offset, I64(SOON))
+            emit_prefetch(builder, builder.add(self.rows[row], soon), 3)
+
+    def add_whole_block(self, start: Any, ahead: list[Any]) -> None:
+        """block_sums += a whole block without rare codes, unrolled: row by row, whose two or more lines are
+        then read together, with the prefetches spread evenly between."""
+        builder = self.builder
+        for r, (row, sums) in enumerate(zip(self.rows, self.block_sums, strict=True)):
+            for i in range(0, BLOCK, self.step):
+                column = builder.add(start, I64(i))
+                if i % LINE == 0:
+                    self.prefetch(r, column, ahead)
+                self._add_codes(builder.add(row, column), sums, column, load_weights)
+
+    def add_steps(self, start: Any, stop: Any, ahead: list[Any]) -> None:
+        """block_sums += whole steps start..stop of a block."""
+        builder = self.builder
+        with cgutils.for_range_slice(builder, start, stop, I64(self.step)) as (column, _):
+            offset = builder.mul(column, I64(self.itemsize))
+            for r in range(ROWS):
+                for byte in range(0, self.step * self.itemsize, LINE):
+                    self.prefetch(r, builder.add(offset, I64(byte)), ahead)
+            self.add_step([builder.add(row, offset) for row in self.rows], column)
+
+    def no_rare_codes(self, start: Any) -> Any:
+        """Whether the whole block from `start` has none in any of the rows (only "offset" has any)."""
+        builder = self.builder
+        if self.form != "offset":
+            return cgutils.true_bit
+        found = [
+            rare_codes(builder, builder.add(builder.add(row, start), I64(i)), self.width)
+            for row in self.rows
+            for i in range(0, BLOCK, self.step)
+        ]
+        lanes = ir.IntType(4 * self.width)
+        return builder.icmp_unsigned("==", builder.bitcast(reduce(builder.or_, found), lanes), lanes(0))
 
     def add_tail(self, start: Any, count: Any) -> None:
         """The last `count` columns, less than a step, from buffers that end in zeros."""
@@ -157,20 +185,25 @@ class _Dot:
         self.add_step(rows, start)
 
     def add_block(self, start: Any, end: Any, ahead: list[Any]) -> None:
-        """sums += the columns start..end of one block."""
+        """sums += the columns start..end of one block; meanwhile that block of `ahead` is prefetched."""
         builder = self.builder
         if self.form in SCALED:
             self.clear(self.block_sums)
         rest = builder.srem(builder.sub(end, start), I64(self.step))
         stop = builder.sub(end, rest)
-        single = start
-        if len(self.xs) == 1:  # so little work a step that its loop would show
-            single = builder.sub(stop, builder.srem(builder.sub(stop, start), I64(BLOCK)))
-            with cgutils.for_range_slice(builder, start, single, I64(BLOCK)) as (column, _):
-                for i in range(0, BLOCK, self.step):
-                    self.add_whole_step(builder.add(column, I64(i)), ahead)
-        with cgutils.for_range_slice(builder, single, stop, I64(self.step)) as (column, _):
-            self.add_whole_step(column, ahead)
+        if self.form in CODES:
+            plain = cgutils.alloca_once_value(builder, cgutils.false_bit)
+            builder.store(cgutils.false_bit, plain)
+            whole = builder.icmp_signed("==", builder.sub(end, start), I64(BLOCK))
+            with builder.if_then(whole, likely=True):
+                builder.store(self.no_rare_codes(start), plain)
+            with builder.if_else(builder.load(plain), likely=True) as (then, otherwise):
+                with then:
+                    self.add_whole_block(start, ahead)
+                with otherwise:
+                    self.add_steps(start, stop, ahead)
+        else:
+            self.add_steps(start, stop, ahead)
         with builder.if_then(builder.icmp_signed(">", rest, I64(0)), likely=False):
             self.add_tail(stop, rest)
         if self.form in SCALED:
@@ -228,6 +261,13 @@ def dot_vectors(
     return types.void(level, form, rows, scales, xs, *[types.int64] * 3, ahead), generate
 
 
+def _store_step(builder: Any, parts: list[Any], address: Any) -> None:
+    """Four float32 vectors, one behind the other."""
+    for i, part in enumerate(parts):
+        at = builder.add(address, I64(4 * part.type.count * i))
+        builder.store(part, pointer(builder, at, part.type), align=4)
+
+
 @intrinsic
 def widen_vectors(
     _context: Any, level: Any, form: Any, source: Any, columns: Any, target: Any, ahead: Any
@@ -252,9 +292,13 @@ def widen_vectors(
                 size_left = builder.mul(rest, I64(size))
                 builder.store(_copy_padded(builder, buffer, address, size_left, step * size), place)
             to = builder.add(target, builder.mul(column, I64(4)))
-            for i, part in enumerate(load_weights(builder, form.value, builder.load(place), width)):
-                at = pointer(builder, builder.add(to, I64(4 * width * i)), part.type)
-                builder.store(part, at, align=4)
+            at = builder.load(place)
+            _store_step(builder, load_weights(builder, form.value, at, width), to)
+            if form.value == "offset":
+                lanes = ir.IntType(4 * width)
+                rare = builder.bitcast(rare_codes(builder, at, width), lanes)
+                with builder.if_then(builder.icmp_unsigned("!=", rare, lanes(0)), likely=False):
+                    _store_step(builder, load_exact(builder, form.value, at, width), to)
         return context.get_dummy_value()
 
     return types.void(level, form, *[types.int64] * 4), generate

@@ -21,7 +21,7 @@ class Level:
     name: str
     width: int
     features: tuple[str, ...]
-    codes: str = "half"
+    codes: str = "offset"
 
 
 _BASE = ("avx2", "fma", "f16c")
@@ -30,7 +30,7 @@ LEVELS = {
     for level in (  # best first
         Level("avx512", 16, (*_BASE, "avx512f", "avx512bw", "avx512vl", "avx512dq")),
         Level("avx2", 8, _BASE),
-        Level("portable", 1, ()),
+        Level("portable", 1, (), "half"),
     )
 }
 

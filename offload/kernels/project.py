@@ -12,7 +12,7 @@ from numba.extending import overload
 
 from offload.kernels import portable
 from offload.kernels.dot import BLOCK, ROWS, TILE, dot_vectors, widen_vectors
-from offload.kernels.forms import BF16, HALVES, PLAIN, SHIFT, TILED, step_columns
+from offload.kernels.forms import BF16, FORMS, PLAIN, TILED, step_columns
 from offload.kernels.intrinsics import call_address
 from offload.kernels.jit import DONE, Static, compile_c, jit
 from offload.kernels.memory import clear, integers
@@ -72,7 +72,7 @@ def _widened_columns(level: Any, columns: Any) -> Any:
 
 @overload(codes_form)
 def _codes_form(level: Any) -> Any:
-    form = SHIFT if level.value.codes == "shift" else HALVES
+    form = FORMS[level.value.codes]
 
     def choose(level: Any) -> Any:
         return form

@@ -1,4 +1,4 @@
-"""Both ways of reading codes at both vector widths, whichever this CPU prefers, and values at float32's edges.
+"""Every way of reading codes at both vector widths, whichever this CPU prefers, and values at float32's edges.
 
 The 512-bit kernels use no instruction by name, so they also run, in halves, where vectors have 256 bits.
 """
@@ -14,10 +14,11 @@ from torch import Tensor
 from offload.fp8 import Weight
 from offload.kernels import cpu
 from offload.kernels.cpu import CpuKernels
+from offload.kernels.forms import CODES
 from offload.kernels.levels import LEVELS, Level, missing_features
 from tests.unit.test_kernels_exact import FINITE, SUBNORMAL, error, float64, fp8
 
-FORMS = [Level(f"{codes}{width}", width, (), codes) for codes in ("shift", "half") for width in (8, 16)]
+FORMS = [Level(f"{codes}{width}", width, (), codes) for codes in CODES for width in (8, 16)]
 
 
 @pytest.fixture(scope="module", params=FORMS, ids=lambda level: level.name)
