@@ -181,6 +181,7 @@ def measure(
     level: str | None,
 ) -> Iterator[Result]:
     """Yields a Result for each count of tokens. Timings of ours, the read and torch are interleaved."""
+    import numpy as np
     import torch
 
     from offload.executor import ExpertExecutor
@@ -192,7 +193,7 @@ def measure(
         kernels.warm_up()
         weights = random_experts(hidden, intermediate, experts)
         store = MmapStore({0: weights})
-        store.touch(0, range(experts), kernels)
+        store.touch(0, np.arange(experts), kernels)
         executor = ExpertExecutor(store, kernels)
         read = stream_reader(kernels)
         dense = [tuple(w.dequantize() for w in expert) for expert in weights[:BLAS_EXPERTS]]

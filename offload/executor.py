@@ -1,6 +1,5 @@
 """`ExpertExecutor`: one layer's routed experts for a batch of tokens, wherever a store has them."""
 
-import numpy as np
 from torch import Tensor
 
 from offload.kernels.cpu import CpuKernels
@@ -44,21 +43,8 @@ class ExpertExecutor:
             CheckpointError: an expert touched for the first time holds NaN.
             WorkerError: a kernel failed.
         """
-        top_k = topk_ids.shape[1]
-        assert topk_ids.shape == topk_weights.shape == (x.shape[0], top_k), (x.shape, topk_ids.shape)
-        ids = topk_ids.numpy().reshape(-1)
-        order = np.argsort(ids, kind="stable")
-        experts, counts = np.unique(ids, return_counts=True)
-        choices = self._store.experts(layer)
-        assert not len(experts) or (experts[0] >= 0 and experts[-1] < len(choices)), (layer, experts)
-        self._store.touch(layer, experts.tolist(), self._kernels)
-        self.bytes_read += len(experts) * choices[0].nbytes
-        return self._kernels.experts(
-            x,
-            self._store.table(layer),
-            choices[0],
-            experts,
-            np.concatenate(([0], np.cumsum(counts))),
-            order // top_k,
-            np.ascontiguousarray(topk_weights.numpy(), np.float32).reshape(-1)[order],
-        )
+        like = self._store.experts(layer)[0]
+        self._store.touch(layer, topk_ids.numpy().reshape(-1), self._kernels)
+        y, touched = self._kernels.experts(x, self._store.table(layer), like, topk_ids, topk_weights)
+        self.bytes_read += touched * like.nbytes
+        return y

@@ -1,6 +1,6 @@
 """`MmapStore`: routed experts where the checkpoint's mapping has them, in the page cache or still on disk."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,21 @@ class MmapStore:
         """The layer's experts, by index."""
         return self._layers[layer]
 
-    def touch(self, layer: int, expert_ids: Iterable[int], kernels: CpuKernels) -> None:
+    def touch(
+        self, layer: int, expert_ids: "np.ndarray[Any, np.dtype[np.int64]]", kernels: CpuKernels
+    ) -> None:
         """Prepare experts for use: on first touch their weights are fetched together and scanned for NaN.
+
+        Args:
+            expert_ids: int64, any number of times each.
 
         Raises:
             CheckpointError: a weight is NaN.
         """
         seen = self._seen[layer]
-        fresh = [expert for expert in expert_ids if not seen[expert]]
-        if not fresh:
+        if seen[expert_ids].all():
             return
+        fresh = [int(expert) for expert in np.unique(expert_ids) if not seen[expert]]
         parts = [
             (ExpertId(layer, expert), name, weight)
             for expert in fresh

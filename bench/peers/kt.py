@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -137,9 +138,9 @@ def main(
         our_times: list[float] = []
         peer_times: list[float] = []
         for _ in range(CALLS if count < 256 else 3):
-            ids = next(routing)
-            our_times.append(_timed(lambda ids=ids: ours.run(0, x.float(), ids, gates)))
-            peer_times.append(_timed(lambda ids=ids: peer(x, ids, gates)))
+            ids, wide = next(routing), x.float()
+            our_times.append(_timed(partial(ours.run, 0, wide, ids, gates)))
+            peer_times.append(_timed(partial(peer, x, ids, gates)))
         mine, theirs = statistics.median(our_times), statistics.median(peer_times)
         line = Comparison("kt-kernel", count, threads, mine * 1e3, theirs * 1e3, theirs / mine, *errors)
         typer.echo(json.dumps(asdict(line)))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from offload.fp8 import Weight
 from offload.kernels.arrange import padded_columns
-from offload.kernels.experts import EXPERTS, TABLE_COLUMNS, experts_job
+from offload.kernels.experts import EXPERTS, TABLE_COLUMNS, experts_job, space_offsets
 from offload.kernels.jit import Static
 from offload.kernels.levels import choose_level
 from offload.kernels.linear import LINEAR, MAX_ABSORBED_COLUMNS, SCRATCH_BYTES, absorb_job, linear_job
@@ -30,6 +30,7 @@ _KERNELS: dict[str, Callable[[Static], Any]] = {
     "scan": lambda _: scan_job(),
 }
 CHUNK_BYTES = 256 << 10  # of weights, a chunk of a linear layer
+KEPT_SPACE = 16 << 20  # a decode step of some dozens of sequences at K2's sizes
 
 
 def format_number(weight: Weight) -> int:
@@ -79,6 +80,7 @@ class CpuKernels:
         self.threads = self.workers.threads
         self._scratch = np.zeros(self.threads * SCRATCH_BYTES + 64, np.uint8)
         self._scratch_address = (self._scratch.ctypes.data + 63) // 64 * 64
+        self._space = torch.empty(0, dtype=torch.uint8)
 
     def warm_up(self, progress: Callable[[str, float], None] | None = None) -> None:
         """Compile every kernel, or load it from the cache, so that no later call has to.
@@ -203,38 +205,31 @@ class CpuKernels:
 
     def swiglu_mlp(self, x: Tensor, gate: Weight, up: Weight, down: Weight, *, decode: bool = True) -> Tensor:
         """down (silu(gate x) * up x): float32 [T, hidden] -> float32 [T, hidden]."""
-        tokens = x.shape[0]
         table = np.array([[*addresses(gate), *addresses(up), *addresses(down)]], np.int64)
-        every = np.arange(tokens)
-        return self.experts(
-            x,
-            table,
-            (gate, up, down),
-            np.zeros(1, np.int64),
-            np.array([0, tokens]),
-            every,
-            np.ones(tokens, np.float32),
-        )
+        only = torch.zeros(x.shape[0], 1, dtype=torch.int64)
+        return self.experts(x, table, (gate, up, down), only, torch.ones(x.shape[0], 1))[0]
 
     def experts(
         self,
         x: Tensor,
         table: np.ndarray[Any, np.dtype[np.int64]],
         like: tuple[Weight, Weight, Weight],
-        experts: np.ndarray[Any, np.dtype[np.int64]],
-        starts: np.ndarray[Any, np.dtype[np.int64]],
-        pair_tokens: np.ndarray[Any, np.dtype[np.int64]],
-        pair_weights: np.ndarray[Any, np.dtype[np.float32]],
-    ) -> Tensor:
-        """The weighted sum of each token's experts: float32 [T, hidden] -> float32 [T, hidden].
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+    ) -> tuple[Tensor, int]:
+        """The weighted sum of each token's experts, added by ascending expert.
 
         Args:
             x: float32 [T, hidden].
-            table: int64 [any, 6], addresses of each expert's gate, up and down, data and scale.
+            table: int64 [experts, 6], addresses of each expert's gate, up and down, data and scale.
             like: gate, up and down of one expert: all have its shapes and formats.
-            experts: int64 [touched], ascending rows of `table`.
-            starts: int64 [touched + 1]: pairs starts[i] to starts[i + 1] are experts[i]'s.
-            pair_tokens, pair_weights: int64 and float32 [pairs]: a row of x, and what its result is times.
+            topk_ids, topk_weights: int64 and float32 [T, k]: rows of `table`, and what their results are times.
+
+        Returns:
+            float32 [T, hidden], and how many experts were touched.
+
+        Raises:
+            WorkerError: an id is no row of `table`, or a worker failed.
         """
         gate, up, down = like
         intermediate, hidden = gate.shape
@@ -244,30 +239,44 @@ class CpuKernels:
             up.shape,
             down.shape,
         )
-        assert x.shape[1] == hidden and table.shape[1] == TABLE_COLUMNS and len(starts) == len(experts) + 1
-        x = _strided(x)
-        tokens, pairs = x.shape[0], len(pair_tokens)
-        if pairs == 0:
-            return torch.zeros(tokens, hidden)
-        y = torch.empty(tokens, hidden)
-        arranged, factors = torch.empty(tokens, padded_columns(hidden)), torch.empty(tokens)
-        between = torch.empty(pairs, intermediate)
-        between_arranged, between_factors = (
-            torch.empty(pairs, padded_columns(intermediate)),
-            torch.empty(pairs),
+        tokens, top_k = topk_ids.shape
+        assert x.shape == (tokens, hidden) and topk_weights.shape == (tokens, top_k), (
+            x.shape,
+            topk_ids.shape,
         )
-        args = _record(
+        assert table.shape[1] == TABLE_COLUMNS and topk_ids.dtype == torch.int64, (
+            table.shape,
+            topk_ids.dtype,
+        )
+        if tokens == 0:
+            return torch.zeros(0, hidden), 0
+        x, ids, weights = _strided(x), topk_ids.contiguous(), _strided(topk_weights).contiguous()
+        y = torch.empty(tokens, hidden)
+        *offsets, size = space_offsets(len(table), top_k, tokens, hidden, intermediate)
+        space = self._space_of(size)
+        base = space.data_ptr()
+        args = np.array(
+            [
+                (
+                    table.ctypes.data, len(table), format_number(up), format_number(down), hidden, intermediate,
+                    ids.data_ptr(), weights.data_ptr(), top_k, tokens, x.data_ptr(), 4 * x.stride(0),
+                    y.data_ptr(), 4 * hidden, self._scratch_address, self._address("project"), 0,
+                    *[base + offset for offset in offsets],
+                )
+            ],
             EXPERTS,
-            table=table.ctypes.data, up_number=format_number(up), down_number=format_number(down),
-            hidden=hidden, intermediate=intermediate, touched=len(experts), experts=experts.ctypes.data,
-            starts=starts.ctypes.data, pair_tokens=pair_tokens.ctypes.data, pair_weights=pair_weights.ctypes.data,
-            tokens=tokens, x=x.data_ptr(), x_stride=4 * x.stride(0), y=y.data_ptr(), y_stride=4 * y.stride(0),
-            arranged=arranged.data_ptr(), factors=factors.data_ptr(), between=between.data_ptr(),
-            between_arranged=between_arranged.data_ptr(), between_factors=between_factors.data_ptr(),
-            scratch=self._scratch_address, project=self._address("project"),
         )  # fmt: skip
         self.workers.run(self._address("experts"), args.ctypes.data)
-        return y
+        return y, int(args["touched"][0])
+
+    def _space_of(self, size: int) -> Tensor:
+        """At least `size` bytes for a job's own use, kept from call to call as long as it is small."""
+        if len(self._space) >= size:
+            return self._space
+        space = torch.empty(size, dtype=torch.uint8)
+        if size <= KEPT_SPACE:
+            self._space = space
+        return space
 
     def hold_nan(self, weights: Sequence[Weight]) -> list[bool]:
         """For each fp8 weight, whether a code is NaN (0x7F or 0xFF); reads them all."""

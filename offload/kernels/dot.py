@@ -144,6 +144,15 @@ class _Dot:
         """block_sums += a whole block without rare codes, unrolled: row by row, whose two or more lines are
         then read together, with the prefetches spread evenly between."""
         builder = self.builder
+        if self.form not in CODES:
+            for i in range(0, BLOCK, self.step):
+                column = builder.add(start, I64(i))
+                offset = builder.mul(column, I64(self.itemsize))
+                for r in range(len(self.rows)):
+                    for byte in range(0, self.step * self.itemsize, LINE):
+                        self.prefetch(r, builder.add(offset, I64(byte)), ahead)
+                self.add_step([builder.add(row, offset) for row in self.rows], column)
+            return
         for r, (row, sums) in enumerate(zip(self.rows, self.block_sums, strict=True)):
             for i in range(0, BLOCK, self.step):
                 column = builder.add(start, I64(i))
@@ -191,19 +200,16 @@ class _Dot:
             self.clear(self.block_sums)
         rest = builder.srem(builder.sub(end, start), I64(self.step))
         stop = builder.sub(end, rest)
-        if self.form in CODES:
-            plain = cgutils.alloca_once_value(builder, cgutils.false_bit)
-            builder.store(cgutils.false_bit, plain)
-            whole = builder.icmp_signed("==", builder.sub(end, start), I64(BLOCK))
-            with builder.if_then(whole, likely=True):
-                builder.store(self.no_rare_codes(start), plain)
-            with builder.if_else(builder.load(plain), likely=True) as (then, otherwise):
-                with then:
-                    self.add_whole_block(start, ahead)
-                with otherwise:
-                    self.add_steps(start, stop, ahead)
-        else:
-            self.add_steps(start, stop, ahead)
+        plain = cgutils.alloca_once_value(builder, cgutils.false_bit)
+        builder.store(cgutils.false_bit, plain)
+        whole = builder.icmp_signed("==", builder.sub(end, start), I64(BLOCK))
+        with builder.if_then(whole, likely=True):
+            builder.store(self.no_rare_codes(start), plain)
+        with builder.if_else(builder.load(plain), likely=True) as (then, otherwise):
+            with then:
+                self.add_whole_block(start, ahead)
+            with otherwise:
+                self.add_steps(start, stop, ahead)
         with builder.if_then(builder.icmp_signed(">", rest, I64(0)), likely=False):
             self.add_tail(stop, rest)
         if self.form in SCALED:

@@ -1,12 +1,14 @@
 """The job for one layer's routed experts: gate, up, SwiGLU, then down with the router's weights.
 
-Works on pairs of (expert, token) sorted by expert. First a chunk is some rows of one expert's gate and up,
-which give as many hidden values of each of its tokens. Then a chunk is some rows of the output: one lane
-adds up all experts' contributions to them, by ascending expert, so a token's sum has one order whatever the
-batch or the number of lanes. Before each, the activations are arranged (arrange.py). Every lane knows what
-it reads next, across chunks and phases, and prefetches it.
+Works on pairs of (expert, token), which lane 0 first sorts by expert. Then a chunk is some rows of one
+expert's gate and up, which give as many hidden values of each of its tokens. Then a chunk is some rows of the
+output: one lane adds up all experts' contributions to them, by ascending expert, so a token's sum has one
+order whatever the batch or the number of lanes. Before each, the activations are arranged (arrange.py). Every
+lane knows what it reads next, across chunks and phases, and prefetches it.
 """
 
+import functools
+import itertools
 import math
 from typing import Any
 
@@ -14,7 +16,7 @@ import numba
 import numpy as np
 
 from offload.kernels.arrange import padded_columns
-from offload.kernels.jit import DONE, Static, compile_job, jit
+from offload.kernels.jit import DONE, FAILED, Static, compile_job, jit
 from offload.kernels.linear import (
     ADDRESSES,
     OUTPUT_BYTES,
@@ -27,28 +29,70 @@ from offload.kernels.memory import clear, floats, integers, record
 from offload.kernels.project import project
 from offload.workers import barrier, claim
 
-UP_ROWS = 32  # rows of gate, and of up, in a chunk
+UP_ROWS = 64  # rows of gate, and of up, in a chunk
 DOWN_ROWS = 128  # rows of the output in a chunk
 
 # An expert's row of the address table: data and scale of gate, up, down.
 GATE, UP, DOWN = 0, 2, 4
 TABLE_COLUMNS = 6
 
-# Addresses: table int64 [any, 6]; experts int64 [touched] (rows of the table, ascending); starts int64
-# [touched + 1] into the pairs; pair_tokens int64 and pair_weights float32 [pairs]; x, y float32 with row
-# strides in bytes. Space for the job itself, float32: arranged [tokens, padded_columns(hidden)], factors
-# [tokens], between [pairs, intermediate], between_arranged [pairs, padded_columns(intermediate)],
-# between_factors [pairs]; scratch SCRATCH_BYTES a lane. numbers: formats of gate and up, and of down.
-EXPERTS = np.dtype(
-    [
-        *((name, "i8") for name in ("table", "up_number", "down_number", "hidden", "intermediate")),
-        *((name, "i8") for name in ("touched", "experts", "starts", "pair_tokens", "pair_weights")),
-        *((name, "i8") for name in ("tokens", "x", "x_stride", "y", "y_stride")),
-        *((name, "i8") for name in ("arranged", "factors", "between", "between_arranged", "between_factors")),
-        *((name, "i8") for name in ("scratch", "project")),
-    ]
+# Addresses: table int64 [count, 6]; ids int64 and weights float32 [tokens, top_k]; x, y float32 with row
+# strides in bytes. Space for the job itself: experts int64 [count] (the touched ones, ascending), starts
+# int64 [count + 1] (of each one's pairs), pair_tokens int64 [pairs] and, float32, pair_weights [pairs],
+# arranged [tokens, padded_columns(hidden)], factors [tokens], between [pairs, intermediate],
+# between_arranged [pairs, padded_columns(intermediate)], between_factors [pairs]; scratch SCRATCH_BYTES a
+# lane. numbers: formats of gate and up, and of down. touched is set by the job; -1: an id is out of range.
+_GIVEN = (
+    *("table", "count", "up_number", "down_number", "hidden", "intermediate", "ids", "weights", "top_k"),
+    *("tokens", "x", "x_stride", "y", "y_stride", "scratch", "project", "touched"),
 )
+_SPACE = ("experts", "starts", "pair_tokens", "pair_weights", "arranged", "factors", "between", "between_arranged",
+          "between_factors")  # fmt: skip
+EXPERTS = np.dtype([(name, "i8") for name in (*_GIVEN, *_SPACE)])
 _EXPERTS = numba.from_dtype(EXPERTS)
+
+
+@functools.lru_cache(maxsize=256)
+def space_offsets(count: int, top_k: int, tokens: int, hidden: int, intermediate: int) -> tuple[int, ...]:
+    """Where in one piece of memory the job's own space begins: offsets in bytes in _SPACE's order, then the
+    size of it all."""
+    pairs = tokens * top_k
+    words = (2 * count, 2 * count + 2, 2 * pairs, pairs, tokens * padded_columns(hidden), tokens,
+             pairs * intermediate, pairs * padded_columns(intermediate), pairs)  # fmt: skip
+    return tuple(itertools.accumulate((-(-4 * n // 64) * 64 for n in words), initial=0))
+
+
+@jit
+def _sort_pairs(job: Any) -> None:
+    """Find the touched experts and each one's pairs, in the tokens' order."""
+    ids, weights = integers(job.ids), floats(job.weights)
+    experts, starts = integers(job.experts), integers(job.starts)
+    pair_tokens, pair_weights = integers(job.pair_tokens), floats(job.pair_weights)
+    pairs = job.tokens * job.top_k
+    for e in range(job.count):
+        experts[e] = 0
+    for i in range(pairs):
+        if not 0 <= ids[i] < job.count:
+            job.touched = -1
+            return
+        experts[ids[i]] += 1
+    begin = 0
+    for e in range(job.count):  # experts: from counts to each one's next place
+        counted = experts[e]
+        experts[e] = begin
+        begin += counted
+    for i in range(pairs):
+        place = experts[ids[i]]
+        experts[ids[i]] = place + 1
+        pair_tokens[place], pair_weights[place] = i // job.top_k, weights[i]
+    touched, begin = 0, 0
+    for e in range(job.count):  # and from ends to the touched ones
+        end = experts[e]
+        if end > begin:
+            experts[touched], starts[touched] = e, begin
+            touched, begin = touched + 1, end
+    starts[touched] = pairs
+    job.touched = touched
 
 
 @jit
@@ -160,11 +204,13 @@ def experts_job(level: Static) -> Any:
     def experts(args: int, lane: int, lanes: int, control: int) -> int:
         job = record(args, _EXPERTS)
         scratch = job.scratch + lane * SCRATCH_BYTES
+        if lane == 0:
+            _sort_pairs(job)
         _arrange_rows(
             level, job.up_number, job.x, job.x_stride, job.tokens, job.hidden, job.arranged, job.factors, control, 0
         )  # fmt: skip
-        if not barrier(control, lanes, 0):
-            return 0
+        if not barrier(control, lanes, 0) or job.touched < 0:
+            return FAILED
         down = claim(control, 3) * DOWN_ROWS
         chunks = -(-job.intermediate // UP_ROWS)
         count = chunks * job.touched
@@ -179,14 +225,14 @@ def experts_job(level: Static) -> Any:
             _up_chunk(job, scratch, number // chunks, number % chunks * UP_ROWS, after)
             number = following
         if not barrier(control, lanes, 1):
-            return 0
+            return FAILED
         pairs = integers(job.starts)[job.touched]
         _arrange_rows(
             level, job.down_number, job.between, 4 * job.intermediate, pairs, job.intermediate,
             job.between_arranged, job.between_factors, control, 2,
         )  # fmt: skip
         if not barrier(control, lanes, 2):
-            return 0
+            return FAILED
         while down < job.hidden:
             following = claim(control, 3) * DOWN_ROWS
             _down_chunk(job, scratch, down, _down_rows(job, 0, min(following, job.hidden - 1)))

@@ -68,7 +68,9 @@ def load_weights(builder: Any, form: str, address: Any, width: int) -> list[Any]
     """A step of weights at `address`, as four float32 vectors. "offset": of no rare code."""
     if form in INTERLEAVED:
         offset = _OFFSET if form == "offset" else 0
-        return [builder.bitcast(bits, vector(F32, width)) for bits in _shifted(builder, address, width, offset)]
+        return [
+            builder.bitcast(bits, vector(F32, width)) for bits in _shifted(builder, address, width, offset)
+        ]
     if form == "half":
         codes = [load(builder, builder.add(address, I64(i)), I8, 16) for i in range(0, 4 * width, 16)]
         return [part for group in codes for part in _half_codes(builder, group, width)]

@@ -23,6 +23,7 @@ from numba.extending import models, register_model, typeof_impl
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 JOB_SIGNATURE = types.int64(types.int64, types.int64, types.int64, types.int64)
 DONE = 1  # not zero: a job that raised returns zero
+FAILED = 2
 
 _PRIVATE = {**OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # called by compiled code only
 jit = numba.njit(**_PRIVATE)

@@ -8,7 +8,7 @@ import numpy as np
 from offload.kernels.arrange import MAX_STEP, arrange, padded_columns
 from offload.kernels.dot import BLOCK, ROWS
 from offload.kernels.forms import BF16, HALVES, PLAIN
-from offload.kernels.jit import DONE, OPTIONS, Static, compile_job, jit
+from offload.kernels.jit import DONE, FAILED, OPTIONS, Static, compile_job, jit
 from offload.kernels.memory import clear, floats, integers, record
 from offload.kernels.project import BF16_NUMBER, FP8_NUMBER, TILE_BYTES, codes_form, project, widen
 from offload.workers import barrier, claim
@@ -89,7 +89,7 @@ def linear_job(level: Static) -> Any:
             floats(job.factors)[number] = arrange_for(level, job.number, x, job.columns, target)
             number = claim(control, 0)
         if not barrier(control, lanes, 0):
-            return 0
+            return FAILED
         chunks = -(-job.rows // job.chunk) * job.groups
         number = claim(control, 1)
         while number < chunks:

@@ -207,8 +207,10 @@ def test_a_reader_that_leaves_is_no_error(tiny_model: Path) -> None:
     pipeline = (
         f"'{sys.executable}' -c 'from cli.main import main; main()' complete '{tiny_model}' Once | head -c 1"
     )
-    done = subprocess.run(["bash", "-c", pipeline], capture_output=True, text=True, timeout=60)
-    assert done.stderr == ""
+    done = subprocess.run(
+        ["bash", "-c", pipeline], capture_output=True, timeout=60
+    )  # half a character, perhaps
+    assert (len(done.stdout), done.stderr) == (1, b"")
 
 
 def test_a_base_model_completes_raw_and_says_why_it_cannot_chat(tiny_model: Path, tmp_path: Path) -> None:

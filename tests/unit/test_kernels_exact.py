@@ -171,6 +171,6 @@ def test_a_nan_code_is_found_on_first_touch(kernels: CpuKernels, code: int, at: 
     weights = experts(3, 200, 37)
     weights[1].down.data.view(torch.uint8).view(-1)[at] = code
     store = MmapStore({0: weights})
-    store.touch(0, [0, 2], kernels)
+    store.touch(0, np.array([0, 2]), kernels)
     with pytest.raises(CheckpointError, match="layer 0, expert 1, down"):
-        store.touch(0, [0, 1], kernels)
+        store.touch(0, np.array([0, 1]), kernels)

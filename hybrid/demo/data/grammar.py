@@ -73,6 +73,35 @@ def tidy(text: str) -> str:
     return re.sub(r" ([?.,!:])", r"\1", re.sub(r" +", " ", text)).strip()
 
 
+_SMALL_WORDS = """a an the please can could would will do does did you i me my we us it its it's is are was be been there
+here what what's which how how's that this tell show give get let say know see want need wish like for of in on at to
+about with now today just so and also maybe kindly have has got any some right really quickly look check find out""".split()
+_SMALL = frozenset(_SMALL_WORDS)
+
+
+def loosen(text: str, rng: Random) -> str:
+    """A wording with its slots still open, said carelessly: small words left out, added or changed and, if it
+    has one slot at most, its halves swapped. What it asks for is then told by its other words alone, which is
+    what a reader of new wordings has to go by."""
+    words = text.split()
+    several = len(SLOT.findall(text)) > 1
+    kept: list[str] = []
+    for i, word in enumerate(words):
+        held = several and i + 1 < len(words) and "{" in words[i + 1]  # "from {a} to {b}"
+        roll = rng.random()
+        if word.lower() in _SMALL and not held and roll < 0.4:
+            if roll < 0.12:
+                kept.append(rng.choice(_SMALL_WORDS))
+            continue
+        kept.append(word)
+        if roll > 0.9:
+            kept.append(rng.choice(_SMALL_WORDS))
+    if not several and len(kept) > 2 and rng.random() < 0.35:
+        cut = rng.randrange(1, len(kept))
+        kept = kept[cut:] + kept[:cut]
+    return tidy(" ".join(kept))
+
+
 def fill(text: str, values: dict[str, str]) -> str:
     """Slots replaced by their values."""
     return SLOT.sub(lambda found: values[found[1]], text)

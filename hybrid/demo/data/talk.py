@@ -7,7 +7,7 @@ from functools import cache
 from random import Random
 from typing import Any
 
-from hybrid.demo.data.grammar import Pattern, blocks, by_split, fill, tidy
+from hybrid.demo.data.grammar import Pattern, blocks, by_split, fill, loosen, tidy
 from hybrid.demo.data.toolbox import Declared
 from hybrid.demo.data.vocabulary import Vocabulary
 
@@ -119,6 +119,10 @@ def _around(place: str) -> dict[str, list[Pattern]]:
     return next(by_split(block) for block in blocks("around.txt") if place in block)
 
 
-def spoken(talk: Talk, pattern: Pattern, values: dict[str, str]) -> str:
-    """The pattern with alternatives chosen and `values` in its slots."""
-    return tidy(fill(pattern.sample(talk.rng), values))
+def spoken(talk: Talk, pattern: Pattern, values: dict[str, str], *, loosely: float = 0.0) -> str:
+    """The pattern with alternatives chosen and `values` in its slots; while training, with chance `loosely` not
+    quite in the pattern's own words."""
+    text = pattern.sample(talk.rng)
+    if talk.split == "train" and talk.chance(loosely):
+        text = loosen(text, talk.rng)
+    return tidy(fill(text, values))

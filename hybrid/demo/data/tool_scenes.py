@@ -58,7 +58,7 @@ def request(talk: Talk, target: Declared, *, listed: int = 1) -> tuple[str, list
         joint = talk.rng.choice([" and ", " and ", " and also "])
         texts[first.label] = ", ".join(names[:-1]) + joint + names[-1]
         calls = [{**calls[0], first.label: value.json} for value in more]
-    return spoken(talk, pattern, texts), calls, pattern
+    return spoken(talk, pattern, texts, loosely=0.4), calls, pattern
 
 
 def _result(talk: Talk, target: Declared, values: dict[str, Any]) -> tuple[str, str]:
