@@ -7,6 +7,7 @@ development split), loss.svg, and, when the run ends, the exported model in DIR/
 import argparse
 import ctypes
 import os
+import signal
 from pathlib import Path
 
 
@@ -70,6 +71,8 @@ def train(args: argparse.Namespace) -> None:
         save_seconds=60 * args.save_minutes,
         stop_after=None if args.stop_minutes is None else 60 * args.stop_minutes,
     )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: loop.stop())
     with Feed(source, settings.seed, settings.batch_tokens, run.next_document, args.workers) as feed:
         complete = loop.train(feed)
     if not complete:

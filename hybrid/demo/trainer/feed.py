@@ -4,6 +4,7 @@ Document i of a seed is the same whoever writes it, so a run goes on exactly whe
 """
 
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -51,6 +52,9 @@ def collate(documents: list[Encoded], next_document: int) -> Batch:
 
 def _start_worker(directory: Path) -> None:
     global _encoder
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C goes to the whole group; the trainer ends its workers
     _encoder = Encoder(directory)
 
 

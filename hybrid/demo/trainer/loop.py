@@ -39,11 +39,16 @@ class Loop:
         self._evaluate_every, self._save_seconds, self._stop_after = evaluate_every, save_seconds, stop_after
         self._best = max((entry.get("exact", 0.0) for entry in run.history), default=0.0)
         self._notes: list[dict[str, float]] = []
+        self._stopping = False
 
     @property
     def best_weights(self) -> Path:
         """The weights that did best on the development split."""
         return self._directory / "best.pt"
+
+    def stop(self) -> None:
+        """Save and stop after the step that runs; for signal handlers."""
+        self._stopping = True
 
     def train(self, feed: Feed) -> bool:
         """-> whether the run is complete."""
@@ -68,7 +73,7 @@ class Loop:
                 if now - saved > self._save_seconds:
                     self.save()
                     saved = now
-                if self._stop_after is not None and now - began > self._stop_after:
+                if self._stopping or (self._stop_after is not None and now - began > self._stop_after):
                     break
         self.save()
         return run.tokens_seen >= total
