@@ -125,15 +125,15 @@ def _sums(split: str) -> Iterator[Conversation]:
 
 
 def _unwanted_calls(encoder: Encoder, some: list[Case], likely: dict[int, Any]) -> dict[str, Any]:
-    """How often a turn that needs no tool (or asks for one that is not there) begins with a call, tools being
+    """How often a call turns up in a turn that needs no tool (or asks for one that is not there), tools being
     declared."""
     begin = encoder.tokenizer.special_ids["<|tool_calls_section_begin|>"]
     found = {"no tool needed": [0, 0], "undeclared": [0, 0]}
     for case in some:
-        for probe, (first, _) in zip(case.conversation.probes, case.spans, strict=True):
+        for probe, (first, last) in zip(case.conversation.probes, case.spans, strict=True):
             group = "no tool needed" if probe.kind in NO_CALL else probe.kind
             if case.conversation.tools and group in found:
-                found[group][0] += int(likely[id(case)][first - 1] == begin)
+                found[group][0] += int((likely[id(case)][first - 1 : last - 1] == begin).any())
                 found[group][1] += 1
     return {
         group: {"rate": round(calls / max(turns, 1), 4), "turns": turns}

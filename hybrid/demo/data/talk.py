@@ -1,6 +1,7 @@
 """`Conversation`, and `Talk`, which writes one turn by turn."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -65,9 +66,8 @@ class Talk:
 
     def user(self, request: str, *, around: float = 0.0) -> None:
         """A user's message: `request` as people type it, with chance `around` among other sentences."""
-        rng = self.rng
+        rng, text = self.rng, request
         hasty = rng.random()
-        text = request if hasty < 0.25 else request[:1].upper() + request[1:]
         if text[-1].isalnum() or text[-1] in "\"'}":
             text += "" if hasty < 0.5 else "."
         elif text[-1] == "?" and hasty < 0.12:
@@ -119,10 +119,37 @@ def _around(place: str) -> dict[str, list[Pattern]]:
     return next(by_split(block) for block in blocks("around.txt") if place in block)
 
 
-def spoken(talk: Talk, pattern: Pattern, values: dict[str, str], *, loosely: float = 0.0) -> str:
-    """The pattern with alternatives chosen and `values` in its slots; while training, with chance `loosely` not
-    quite in the pattern's own words."""
+def spoken(
+    talk: Talk, pattern: Pattern, values: dict[str, str], *, loosely: float = 0.0, begins: bool = True
+) -> str:
+    """The pattern with alternatives chosen and `values` in its slots as they are.
+
+    While training, with chance `loosely` not quite in the pattern's own words. At the beginning of a sentence its
+    own first letter is mostly a capital.
+    """
     text = pattern.sample(talk.rng)
     if talk.split == "train" and talk.chance(loosely):
-        text = loosen(text, talk.rng)
+        loose = loosen(text, talk.rng)
+        text = text if _plainly(loose) in _held_out() else loose
+    if begins and talk.chance(0.75):
+        text = text[:1].upper() + text[1:]  # of a slot, the brace
     return tidy(fill(text, values))
+
+
+def _plainly(text: str) -> str:
+    """A wording without what people leave out."""
+    return re.sub(r"[?!.,:]", "", text.lower()).strip()
+
+
+@cache
+def _held_out() -> frozenset[str]:
+    """Wordings of the other splits, which training must not come upon by chance."""
+    found = set()
+    for file in ("chat.txt", "facts.txt", "numbers.txt", "tools.txt"):
+        for block in blocks(file):
+            for split, patterns in by_split(block).items():
+                if split != "train":
+                    found |= {
+                        _plainly(p.sample(Random(i))) for p in patterns for i in range(min(p.count(), 50))
+                    }
+    return frozenset(found)

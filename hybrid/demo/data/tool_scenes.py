@@ -11,6 +11,7 @@ REFUSAL = "Sorry, I have no tool for that."
 _CONFUSABLE = [
     {"calculate", "add_numbers"}, {"create_note", "add_task"}, {"get_directions", "book_flight"},
     {"set_timer", "add_task"}, {"send_message", "send_email"}, {"set_timer", "set_alarm"},
+    {"open_app", "play_music"},
 ]  # fmt: skip
 """Tools that answer to much the same requests: never declared together, nor one asked for when only the other is."""
 _SEARCHES = "search_web"  # would do for almost any request
@@ -21,7 +22,7 @@ hail showers very_hot very_cold""".split()
 
 
 def _clash(a: Tool, b: Tool) -> bool:
-    return a.key == b.key or any({a.key, b.key} <= group for group in _CONFUSABLE)
+    return a.root == b.root or any({a.key, b.key} <= group for group in _CONFUSABLE)
 
 
 def declare_some(talk: Talk, count: int, *, weather: bool = False) -> None:
@@ -42,10 +43,12 @@ def declare_some(talk: Talk, count: int, *, weather: bool = False) -> None:
             talk.declared.append(declared)
 
 
-def request(talk: Talk, target: Declared, *, listed: int = 1) -> tuple[str, list[dict[str, Any]], Pattern]:
+def request(
+    talk: Talk, target: Declared, *, listed: int = 1, begins: bool = True
+) -> tuple[str, list[dict[str, Any]], Pattern]:
     """A request for a declared tool: its text, the labels' values of each call it asks for, and the wording.
 
-    `listed` > 1 asks for that many values of the tool's one argument at once ("in Rome and Oslo")."""
+    `begins`: it stands at the beginning of a sentence. `listed` > 1 asks for that many values of the tool's one argument at once ("in Rome and Oslo")."""
     required = {p.label for p in target.tool.required}
     pattern = talk.pick(target.tool.wordings, lambda p: required <= p.slots <= set(target.names))
     values = {p.label: talk.words.value(p.kind) for p in target.tool.parameters if p.label in pattern.slots}
@@ -58,7 +61,7 @@ def request(talk: Talk, target: Declared, *, listed: int = 1) -> tuple[str, list
         joint = talk.rng.choice([" and ", " and ", " and also "])
         texts[first.label] = ", ".join(names[:-1]) + joint + names[-1]
         calls = [{**calls[0], first.label: value.json} for value in more]
-    return spoken(talk, pattern, texts, loosely=0.4), calls, pattern
+    return spoken(talk, pattern, texts, loosely=0.4, begins=begins), calls, pattern
 
 
 def _result(talk: Talk, target: Declared, values: dict[str, Any]) -> tuple[str, str]:
@@ -127,7 +130,8 @@ def _weather(talk: Talk, city: str) -> tuple[str, str]:
     rng = talk.rng
     sky = rng.choice(_SKIES).replace("_", " ")
     if talk.chance(0.15):
-        sky += " and " + rng.choice(["windy", "cold", "warm", "wet", "dry", "humid", "hot", "cool"])
+        also = ["windy", "cold", "warm", "wet", "dry", "humid", "hot", "cool"]
+        sky += " and " + rng.choice([word for word in also if word not in sky])
     degrees = rng.randint(-20, 40)
     written = sky.capitalize() if talk.chance(0.5) else sky
     temperature = rng.choice(["temperature", "temperature", "temp", "degrees", "temp_c", "temperature_c"])
@@ -141,7 +145,7 @@ def _weather(talk: Talk, city: str) -> tuple[str, str]:
     roll = rng.random()
     if roll < 0.3:
         content: Any = {condition: written}
-        sentence = f"The weather in {city} is {sky}."
+        sentence = f"The weather in {city}: {sky}."
     elif roll < 0.45:
         content = {temperature: warm}
         sentence = f"The temperature in {city} is {told}."
@@ -149,13 +153,13 @@ def _weather(talk: Talk, city: str) -> tuple[str, str]:
         content = {condition: written, temperature: warm}
         if talk.chance(0.4):
             content = {temperature: warm, condition: written}
-        sentence = f"The weather in {city} is {sky}, with {told}."
+        sentence = f"The weather in {city}: {sky}, {told}."
     else:
         content = f"{written}, {warm}" if isinstance(warm, str) else written
         sentence = (
-            f"The weather in {city} is {sky}, with {told}."
+            f"The weather in {city}: {sky}, {told}."
             if isinstance(warm, str)
-            else f"The weather in {city} is {sky}."
+            else f"The weather in {city}: {sky}."
         )
         return content, sentence
     if talk.chance(0.25):
@@ -185,7 +189,8 @@ def single(talk: Talk, target: Declared, *, answered: bool) -> None:
     """One call, perhaps its result and answer, perhaps the same for something else ("and in Rome?")."""
     text, calls, pattern = request(talk, target)
     talk.user(text, around=0.35)
-    talk.call([(target, calls[0])], _kind(target), f"{target.tool.key}: {pattern.line}")
+    name = "novel" if target.tool.novel else target.tool.key
+    talk.call([(target, calls[0])], _kind(target), f"{name}: {pattern.line}")
     if not answered:
         return
     answer(talk, [(target, calls[0])], target.tool.key)
@@ -214,18 +219,10 @@ def parallel(talk: Talk, *, answered: bool) -> None:
         calls, wording = [(target, v) for v in values], f"{target.tool.key}: {pattern.line}"
     elif len(talk.declared) >= 2:
         chosen = rng.sample(talk.declared, 2)
-        asked = [request(talk, target) for target in chosen]
+        joint = rng.choice([" and ", ". ", ", and ", ". Also, ", " and also "])
+        asked = [request(talk, chosen[0]), request(talk, chosen[1], begins=joint == ". ")]
         one, two = (text for text, _, _ in asked)
-        stem = one.rstrip("?.")
-        text = rng.choice(
-            [
-                f"{stem} and {two}",
-                f"{one}{'' if one[-1] in '?.' else '.'} {two[:1].upper() + two[1:]}",
-                f"{stem}, and {two}",
-                f"{one}{'' if one[-1] in '?.' else '.'} Also, {two}",
-                f"{stem} and also {two}",
-            ]
-        )
+        text = (one if joint[0] == "." and one[-1] == "?" else one.rstrip("?.") + joint[0]) + joint[1:] + two
         calls = [(target, values[0]) for target, (_, values, _) in zip(chosen, asked, strict=True)]
         wording = "two tools"
     else:
@@ -266,7 +263,11 @@ def undeclared(talk: Talk) -> None:
         return  # without tools, such a question is one the model simply cannot answer
     text, _, pattern = request(talk, declare(tool, rng))
     talk.user(text, around=0.25)
-    talk.says(REFUSAL, "undeclared", f"{'novel' if tool.novel else tool.key}: {pattern.line}")
+    talk.says(
+        REFUSAL,
+        "undeclared" if talk.declared else "without tools",
+        f"{'novel' if tool.novel else tool.key}: {pattern.line}",
+    )
 
 
 def can_be_incomplete(target: Declared) -> bool:

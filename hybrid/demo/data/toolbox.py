@@ -41,11 +41,21 @@ class Tool:
     answer: str
     wordings: dict[str, list[Pattern]]
     missing: list[Pattern] = field(default_factory=list)
-    novel: bool = False
+    novel_root: str = ""
 
     @property
     def key(self) -> str:
         return self.names[0]
+
+    @property
+    def novel(self) -> bool:
+        """Whether it was made up on the spot."""
+        return bool(self.novel_root)
+
+    @property
+    def root(self) -> str:
+        """What it is about: two tools of one root answer to the same requests."""
+        return self.novel_root or self.key
 
     @property
     def required(self) -> list[Parameter]:
@@ -149,7 +159,7 @@ would you kindly ACT the OBJECT {key}?""",
 def novel_tool(split: str, rng: Random) -> Tool:
     """A tool made up on the spot; its noun, or its verb and object together, belong to the split."""
     if rng.random() < 0.65:
-        noun = rng.choice([n for n in _NOUNS if split_of(n) == split])
+        root = noun = rng.choice([n for n in _NOUNS if split_of(n) == split])
         spoken, kind = noun.replace("_", " "), rng.choice(list(_SUBJECTS))
         names = [form.format(noun) for form in _FETCH_NAMES]
         about = [
@@ -169,7 +179,7 @@ def novel_tool(split: str, rng: Random) -> Tool:
             act, thing = rng.choice(_ACTS), rng.choice(_OBJECTS)
             if split_of(f"{act} {thing}") == split:
                 break
-        kind = rng.choice(["word", "code", "person", "company", "title"])
+        root, kind = f"{act} {thing}", rng.choice(["word", "code", "person", "company", "title"])
         names = [form.format(act, thing) for form in _ACT_NAMES]
         about = [f"{act.capitalize()} a {thing}.", f"Used to {act} a {thing}", f"{act} {thing}"]
         wordings = _insert(_ACT_WORDINGS, ACT=act, OBJECT=thing)
@@ -178,7 +188,7 @@ def novel_tool(split: str, rng: Random) -> Tool:
     parameter = Parameter(["key"], kind, [f"The {own[0]}", f"Name of the {own[0]}", f"Which {own[0]}"], True)
     name = rng.choice(names)
     return Tool(
-        [name], about, [_renamed(parameter, rng.choice(own))], keys, result, answer, wordings, novel=True
+        [name], about, [_renamed(parameter, rng.choice(own))], keys, result, answer, wordings, novel_root=root
     )
 
 

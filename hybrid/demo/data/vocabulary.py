@@ -27,9 +27,14 @@ def split_of(text: str) -> str:
 @cache
 def _lists() -> dict[str, dict[str, list[str]]]:
     found = {}
+    pairs = ",".join(line for block in blocks("facts.txt") for line in block.get("pairs", []))
+    told = {name.strip().lower() for pair in pairs.split(",") for name in pair.split("=")}
     for name, lines in blocks("words.txt")[-1].items():
         items = [item.strip() for item in ",".join(lines).split(",")]
-        found[name] = {split: [i for i in items if split_of(i) == split] for split in SPLITS}
+        found[name] = {
+            split: [i for i in items if split_of(i) == split and (split == "train" or i.lower() not in told)]
+            for split in SPLITS
+        }  # facts are told in every split: what they name is in none but the first
     return found
 
 
