@@ -28,7 +28,7 @@ class Settings:
     muon_rate: float = 5e-3
     adam_rate: float = 3e-3
     warmup_steps: int = 60
-    decay_share: float = 1 / 3
+    decay_share: float = 0.8
     balance_rate: float = 0.01
     qk_clip: float = 100.0
 
