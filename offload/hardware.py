@@ -1,4 +1,4 @@
-"""What this machine is: CPU features and physical cores. Measures nothing and imports nothing heavy."""
+"""What this machine is: CPU features, physical cores, NUMA nodes. Measures nothing and imports nothing heavy."""
 
 import functools
 import os
@@ -10,6 +10,8 @@ from offload.errors import UnsupportedMachine
 
 CPUINFO = Path("/proc/cpuinfo")
 CPU_TOPOLOGY = Path("/sys/devices/system/cpu")
+NUMA_NODES = Path("/sys/devices/system/node")
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 REQUIRED_FEATURES = ("avx2", "fma", "f16c")
 
 
@@ -52,7 +54,8 @@ def require_supported_machine() -> None:
 
 
 def physical_cores() -> list[int]:
-    """One logical CPU of each physical core that this process may run on, in ascending order."""
+    """One logical CPU of each physical core that this process may run on, in ascending order; in a container
+    that may use less CPU time than that, as many as its quota fills."""
     first_of_core: dict[tuple[str, str], int] = {}
     for cpu in sorted(os.sched_getaffinity(0)):
         topology = CPU_TOPOLOGY / f"cpu{cpu}" / "topology"
@@ -61,4 +64,27 @@ def physical_cores() -> list[int]:
         except OSError:
             core = ("", str(cpu))
         first_of_core.setdefault(core, cpu)
-    return sorted(first_of_core.values())
+    return sorted(first_of_core.values())[: _quota()]
+
+
+def _quota() -> int | None:
+    """CPUs' worth of time this control group may use; None: no limit."""
+    try:
+        time, period = CPU_QUOTA.read_text().split()
+        return None if time == "max" else max(1, -(-int(time) // int(period)))
+    except (OSError, ValueError):
+        return None
+
+
+def numa_nodes() -> dict[int, int]:
+    """The NUMA node of every CPU, as Linux numbers both; empty where it does not say."""
+    found: dict[int, int] = {}
+    for directory in NUMA_NODES.glob("node[0-9]*"):
+        try:
+            text = (directory / "cpulist").read_text().strip()
+        except OSError:
+            continue
+        for part in filter(None, text.split(",")):  # "0-3,8-11"
+            first, _, last = part.partition("-")
+            found.update(dict.fromkeys(range(int(first), int(last or first) + 1), int(directory.name[4:])))
+    return found

@@ -65,7 +65,7 @@ class MmapStore:
             for name, weight in self._layers[layer][expert]._asdict().items()
         ]
         for _, _, weight in parts:
-            will_need(weight)
+            will_need(weight, kernels.workers.nodes)
         nan = kernels.hold_nan([weight for _, _, weight in parts])
         for (expert_id, name, _), damaged in zip(parts, nan, strict=True):
             if damaged:

@@ -19,12 +19,17 @@ A job is a compiled function `status(args, lane, lanes, control)` (offload/kerne
     compiled = compile_job(scale_job)
     workers.run(compiled.address, fields.ctypes.data)
 
+Where memory is on several NUMA nodes, lanes are spread evenly over them, and `claim_near` deals out work in
+slices, a node's own to its own lanes first: node n of N has the n-th Nth of every matrix's rows, in every call.
+offload/pages.py has the same slices read into that node's memory.
+
 `barrier(control, lanes, number)` makes the lanes wait for each other; `number` is 0 for a run's first, 1 for
-its second and so on. When it returns False a worker has died and the job must return at once. Jobs must not
-raise: an exception is printed by Numba, and the run reported as a WorkerError.
+its second and so on. When it returns False another lane has failed or died and the job must return at once. Jobs
+must not raise: an exception is printed by Numba, and the run reported as a WorkerError.
 """
 
 import contextlib
+import itertools
 import os
 import threading
 import weakref
@@ -34,7 +39,7 @@ import numpy as np
 from numba import carray, types
 
 from offload.errors import WorkerError
-from offload.hardware import physical_cores
+from offload.hardware import numa_nodes, physical_cores
 from offload.kernels.intrinsics import (
     as_pointer,
     atomic_add,
@@ -51,19 +56,23 @@ SPINS = 20_000  # pauses before a waiting thread sleeps: about half a millisecon
 NAP_NS = 20_000_000  # a waiting lane looks this often whether the others still live
 DEAD = -2  # status of a run in which a worker thread vanished
 MAX_CPUS = 1024
+MAX_NODES = 8  # lanes of further nodes count among these
 
 # The control block: int64 words; what different threads write lies on different cache lines.
-EPOCH, JOB, ARGS, LANES = 0, 1, 2, 3
+EPOCH, JOB, ARGS, LANES, NODES = 0, 1, 2, 3, 4
 ARRIVED = 8
-COUNTERS = 16  # N_COUNTERS, a line each
-N_COUNTERS = 4
-PHASE = 48
-SLEEPERS, NAPPERS = 56, 64
-TIMEOUT = 72  # struct timespec
-CPU_MASK = 80  # MAX_CPUS bits
-LANE = 128  # per lane from here: LANE + lane * LANE_WORDS
+PHASE = 16
+SLEEPERS, NAPPERS = 24, 32
+FAILURES = (
+    39  # lanes that left this run with another status than DONE: those at a barrier must not wait for them
+)
+TIMEOUT = 40  # struct timespec
+CPU_MASK = 48  # MAX_CPUS bits
+COUNTERS = 64  # a line each: N_COUNTERS plain ones, then N_SHARES times one for each node
+N_COUNTERS, N_SHARES = 4, 2
+LANE = COUNTERS + 8 * (N_COUNTERS + N_SHARES * MAX_NODES)  # per lane from here: LANE + lane * LANE_WORDS
 LANE_WORDS = 8
-STATUS, THREAD, CPU = 0, 1, 2
+STATUS, THREAD, CPU, NODE = 0, 1, 2, 3
 
 _SCHED_SETAFFINITY, _GETPID, _GETTID, _FUTEX, _TGKILL = 203, 39, 186, 202, 234
 _FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # of this process only
@@ -81,18 +90,41 @@ def _wake(word: int) -> None:
 
 @jit
 def claim(control: int, counter: int) -> int:
-    """The next number, from 0, of one of this run's N_COUNTERS counters."""
+    """The next number, from 0, of one of this run's N_COUNTERS plain counters."""
     return atomic_add(control + 8 * (COUNTERS + 8 * counter), 1)
 
 
 @jit
-def _others_live(control: int, lanes: int) -> bool:
-    process = system_call(_GETPID, 0, 0, 0, 0)
+def claim_near(control: int, lane: int, share: int, outer: int, inner: int, turn: int) -> tuple[int, int]:
+    """The lane's next chunk of `outer` times `inner` ones (say, matrices and chunks of their rows).
+
+    Args:
+        share: which of this run's N_SHARES; every lane must use it with the same `outer` and `inner`.
+        turn: what the last call gave back; 0 at first.
+
+    Returns:
+        (o * inner + i, turn): the chunk o, i; outer * inner or more when there is none left.
+    """
+    nodes = atomic_load(control + 8 * NODES)
+    while turn < nodes:
+        node = (atomic_load(_lane_word(control, lane, NODE)) + turn) % nodes
+        low, high = inner * node // nodes, inner * (node + 1) // nodes
+        number = claim(control, N_COUNTERS + share * MAX_NODES + node)
+        if number < outer * (high - low):
+            return number // (high - low) * inner + low + number % (high - low), turn
+        turn += 1
+    return outer * inner, turn
+
+
+@jit
+def _dead_lanes(control: int, lanes: int) -> int:
+    """How many workers have vanished."""
+    process, dead = system_call(_GETPID, 0, 0, 0, 0), 0
     for lane in range(1, lanes):
         thread = atomic_load(_lane_word(control, lane, THREAD))
         if thread != 0 and system_call(_TGKILL, process, thread, 0, 0) != 0:  # 0: not begun yet
-            return False
-    return True
+            dead += 1
+    return dead
 
 
 @jit
@@ -103,13 +135,16 @@ def _arrive(control: int, word: int) -> None:
 
 
 @jit
-def _await(control: int, word: int, count: int, lanes: int) -> bool:
-    """Wait until the word is `count`; False if a worker died first."""
-    spins = 0
+def _await(control: int, word: int, count: int, lanes: int, at_barrier: bool) -> bool:
+    """Wait until the word is `count`; False if a worker died. At a barrier, also if one failed, and at once; else
+    only when all that live have come, since what they work on is the caller's."""
+    spins, failures = 0, control + 8 * FAILURES
     while True:
         seen = atomic_load(word)
         if seen >= count:
             return True
+        if at_barrier and atomic_load(failures) > 0:
+            return False
         if spins < SPINS:
             spins += 1
             pause()
@@ -117,17 +152,29 @@ def _await(control: int, word: int, count: int, lanes: int) -> bool:
         atomic_add(control + 8 * NAPPERS, 1)
         system_call(_FUTEX, word, _FUTEX_WAIT, seen, control + 8 * TIMEOUT)
         atomic_add(control + 8 * NAPPERS, -1)
-        if atomic_load(word) < count and not _others_live(control, lanes):
-            return False
+        dead = _dead_lanes(control, lanes)
+        if dead > 0:
+            atomic_add(failures, 1)
+            if at_barrier or atomic_load(word) + dead >= count:
+                return False
 
 
 @jit
 def barrier(control: int, lanes: int, number: int) -> bool:
-    """Wait for all lanes to come here, `number` barriers into the run; False if a worker died."""
+    """Wait for all lanes to come here, `number` barriers into the run; False if one failed or died."""
     if lanes == 1:
         return True
     _arrive(control, control + 8 * PHASE)
-    return _await(control, control + 8 * PHASE, (number + 1) * lanes, lanes)
+    return _await(control, control + 8 * PHASE, (number + 1) * lanes, lanes, True)
+
+
+@jit
+def _note_failure(control: int, status: int) -> None:
+    """Let lanes that wait at a barrier know that this one will not come."""
+    if status != DONE:
+        atomic_add(control + 8 * FAILURES, 1)
+        if atomic_load(control + 8 * NAPPERS) > 0:
+            _wake(control + 8 * PHASE)
 
 
 def _work(control: int, lane: int) -> None:
@@ -149,6 +196,7 @@ def _work(control: int, lane: int) -> None:
         if words[JOB] == 0:
             return
         status = call_address(words[JOB], (words[ARGS], lane, words[LANES], control))
+        _note_failure(control, status)
         atomic_store(_lane_word(control, lane, STATUS), status)
         _arrive(control, control + 8 * ARRIVED)
 
@@ -179,9 +227,12 @@ def _start(control: int, lanes: int, job: Any, args: int) -> None:
     """Publish a job and wake the workers."""
     words = carray(as_pointer(control, types.int64), LANE)
     words[JOB], words[ARGS], words[LANES] = job, args, lanes
-    words[ARRIVED] = words[PHASE] = 0
+    words[ARRIVED] = words[PHASE] = words[FAILURES] = 0
     for counter in range(N_COUNTERS):
         words[COUNTERS + 8 * counter] = 0
+    for share in range(N_SHARES):
+        for node in range(words[NODES]):
+            words[COUNTERS + 8 * (N_COUNTERS + share * MAX_NODES + node)] = 0
     atomic_add(control + 8 * EPOCH, 1)
     if atomic_load(control + 8 * SLEEPERS) > 0:
         _wake(control + 8 * EPOCH)
@@ -193,7 +244,8 @@ def _dispatch(control: int, lanes: int, job: int, args: int) -> int:
         _make_room(control, lanes)
     _start(control, lanes, job, args)
     first: int = call_address(job, (args, 0, lanes, control))
-    if lanes > 1 and not _await(control, control + 8 * ARRIVED, lanes - 1, lanes):
+    _note_failure(control, first)
+    if lanes > 1 and not _await(control, control + 8 * ARRIVED, lanes - 1, lanes, False):
         return DEAD
     for lane in range(1, lanes):
         status = atomic_load(_lane_word(control, lane, STATUS))
@@ -232,8 +284,12 @@ class Workers:
         self.control = (self._block.ctypes.data + 63) // 64 * 64
         block = self._block[(self.control - self._block.ctypes.data) // 8 :]
         block[TIMEOUT : TIMEOUT + 2] = 0, NAP_NS
-        lane_cpus = [cores[lane % len(cores)] for lane in range(self.threads)]
-        block[LANE + CPU : LANE + self.threads * LANE_WORDS : LANE_WORDS] = lane_cpus
+        lane_cpus, lane_nodes = _spread(cores, numa_nodes(), self.threads)
+        self.nodes = sorted(set(lane_nodes))  # as Linux numbers them
+        block[NODES] = min(len(self.nodes), MAX_NODES)
+        for lane, (cpu, node) in enumerate(zip(lane_cpus, lane_nodes, strict=True)):
+            place = LANE + lane * LANE_WORDS
+            block[place + CPU], block[place + NODE] = cpu, self.nodes.index(node) % MAX_NODES
         workers: list[threading.Thread] = []
         self._finalizer = weakref.finalize(self, _shut_down, stop, self._block, self.control, workers)
         try:
@@ -278,6 +334,19 @@ class Workers:
         with self._lock:
             self._problem = self._problem or "The worker threads are closed."
         self._finalizer()
+
+
+def _spread(cores: list[int], node_of: dict[int, int], threads: int) -> tuple[list[int], list[int]]:
+    """A CPU for each lane and its node: nodes in turn, so that any number of lanes draws on every node's memory."""
+    by_node: dict[int, list[int]] = {}
+    for cpu in cores:
+        by_node.setdefault(node_of.get(cpu, 0), []).append(cpu)
+    turns = itertools.zip_longest(
+        *(zip(cpus, itertools.repeat(node)) for node, cpus in sorted(by_node.items()))
+    )
+    placed = [place for turn in turns for place in turn if place is not None]
+    lanes = [placed[lane % len(placed)] for lane in range(threads)]
+    return [cpu for cpu, _ in lanes], [node for _, node in lanes]
 
 
 def _live(work: Any, block: Any, control: int, lane: int, cpu: int) -> None:

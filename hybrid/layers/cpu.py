@@ -27,7 +27,7 @@ class CpuOps:
         self._attend = attend_job().address
 
     def place(self, weight: Weight) -> Weight:
-        will_need(weight)  # by every token
+        will_need(weight, self.kernels.workers.nodes)  # by every token
         return weight
 
     def route(self, logits: Tensor, bias: Tensor, rule: RoutingRule) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Activations as the micro-kernels want them, by the form of the weights they meet.
 
 Each token's row is copied once a call: padded with zeros to whole steps and, for interleaved weights, brought
-into their order of columns and multiplied by a power of two that makes up for theirs, which is exact.
+into their order of columns and, for "shift" ones, multiplied by a power of two that makes up for theirs,
+which is exact.
 `arrange` returns the factor to multiply the token's products by in the end.
 """
 
@@ -18,7 +19,6 @@ from offload.kernels.memory import clear, floats
 
 MAX_STEP = step_columns(16)
 CODES_EXPONENT = {"shift": -120, "offset": -8}  # weights are value x 2^this
-NEAR_ONE = -10  # the exponent that a row's largest magnitude and the weights' add up to
 
 
 @register_jitable
@@ -47,9 +47,10 @@ def _largest_exponent(x: Any, columns: int) -> int:
 def _interleave(source: int, columns: int, target: int, step: int, codes: int) -> np.float32:
     """target[g, j, i] = source[g, i, j] * 2^k over steps g; returns what undoes 2^k and the weights' 2^codes."""
     x, y = floats(source), floats(target)
-    largest = _largest_exponent(as_pointer(source, numba.uint32), columns)
-    exponent = NEAR_ONE - codes - largest
-    exponent = max(min(exponent, 127), -127 - codes)  # so that 2^k and what undoes it are finite
+    exponent = 0
+    if codes < -100:  # as near to the weights' own as the row's largest magnitude and a finite 2^-k allow
+        largest = _largest_exponent(as_pointer(source, numba.uint32), columns)
+        exponent = max(min(-codes, 126 - largest), -127 - codes)
     scale, quarter = _power_of_two(exponent), step // 4
     whole = columns // step * step
     for begin in range(0, whole, step):

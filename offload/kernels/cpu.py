@@ -9,7 +9,7 @@ from torch import Tensor
 
 from offload.fp8 import Weight
 from offload.kernels.arrange import padded_columns
-from offload.kernels.experts import EXPERTS, TABLE_COLUMNS, experts_job, space_offsets
+from offload.kernels.experts import EXPERTS, TABLE_COLUMNS, down_rows, experts_job, space_offsets
 from offload.kernels.jit import Static
 from offload.kernels.levels import choose_level
 from offload.kernels.linear import LINEAR, MAX_ABSORBED_COLUMNS, SCRATCH_BYTES, absorb_job, linear_job
@@ -260,7 +260,8 @@ class CpuKernels:
                 (
                     table.ctypes.data, len(table), format_number(up), format_number(down), hidden, intermediate,
                     ids.data_ptr(), weights.data_ptr(), top_k, tokens, x.data_ptr(), 4 * x.stride(0),
-                    y.data_ptr(), 4 * hidden, self._scratch_address, self._address("project"), 0,
+                    y.data_ptr(), 4 * hidden, self._scratch_address, self._address("project"),
+                    down_rows(hidden, self.threads), 0,
                     *[base + offset for offset in offsets],
                 )
             ],

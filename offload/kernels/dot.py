@@ -290,7 +290,8 @@ def widen_vectors(
         buffer = cgutils.alloca_once(builder, I8, step * size)
         with cgutils.for_range_slice(builder, I64(0), columns, I64(step)) as (column, _):
             offset = builder.mul(column, I64(size))
-            emit_prefetch(builder, builder.add(ahead, offset), 2)
+            for byte in range(0, step * size, LINE):
+                emit_prefetch(builder, builder.add(ahead, builder.add(offset, I64(byte))), 2)
             address = builder.add(source, offset)
             rest = builder.sub(columns, column)
             place = cgutils.alloca_once_value(builder, address)

@@ -27,10 +27,10 @@ from offload.kernels.linear import (
 )
 from offload.kernels.memory import clear, floats, integers, record
 from offload.kernels.project import project
-from offload.workers import barrier, claim
+from offload.workers import barrier, claim, claim_near
 
 UP_ROWS = 64  # rows of gate, and of up, in a chunk
-DOWN_ROWS = 128  # rows of the output in a chunk
+DOWN_ROWS = 128  # the most rows of the output in a chunk
 
 # An expert's row of the address table: data and scale of gate, up, down.
 GATE, UP, DOWN = 0, 2, 4
@@ -44,12 +44,17 @@ TABLE_COLUMNS = 6
 # lane. numbers: formats of gate and up, and of down. touched is set by the job; -1: an id is out of range.
 _GIVEN = (
     *("table", "count", "up_number", "down_number", "hidden", "intermediate", "ids", "weights", "top_k"),
-    *("tokens", "x", "x_stride", "y", "y_stride", "scratch", "project", "touched"),
+    *("tokens", "x", "x_stride", "y", "y_stride", "scratch", "project", "down_rows", "touched"),
 )
 _SPACE = ("experts", "starts", "pair_tokens", "pair_weights", "arranged", "factors", "between", "between_arranged",
           "between_factors")  # fmt: skip
 EXPERTS = np.dtype([(name, "i8") for name in (*_GIVEN, *_SPACE)])
 _EXPERTS = numba.from_dtype(EXPERTS)
+
+
+def down_rows(hidden: int, threads: int) -> int:
+    """Rows of the output in a chunk: fewer where many lanes share them, so that all end at about the same time."""
+    return max(16, min(DOWN_ROWS, hidden // (8 * threads) // 4 * 4))
 
 
 @functools.lru_cache(maxsize=256)
@@ -153,7 +158,7 @@ def _down_chunk(job: Any, scratch: int, start: int, after: int) -> None:
     pair_tokens = integers(job.pair_tokens)
     pair_weights = floats(job.pair_weights)
     factors = floats(job.between_factors)
-    rows = min(DOWN_ROWS, job.hidden - start)
+    rows = min(job.down_rows, job.hidden - start)
     padded, x_bytes = (rows + 3) // 4 * 4, 4 * padded_columns(job.intermediate)
     xs, out = scratch + ADDRESSES, scratch + OUTPUTS
     values = floats(out)
@@ -211,12 +216,14 @@ def experts_job(level: Static) -> Any:
         )  # fmt: skip
         if not barrier(control, lanes, 0) or job.touched < 0:
             return FAILED
-        down = claim(control, 3) * DOWN_ROWS
+        downs = -(-job.hidden // job.down_rows)
+        first_down, down_turn = claim_near(control, lane, 1, 1, downs, 0)
+        down = first_down * job.down_rows
         chunks = -(-job.intermediate // UP_ROWS)
         count = chunks * job.touched
-        number = claim(control, 1)
+        number, turn = claim_near(control, lane, 0, job.touched, chunks, 0)
         while number < count:
-            following = claim(control, 1)
+            following, turn = claim_near(control, lane, 0, job.touched, chunks, turn)
             if following < count:
                 after = _matrix(job, following // chunks, GATE)[0]
                 after += following % chunks * UP_ROWS * job.hidden << job.up_number
@@ -229,12 +236,13 @@ def experts_job(level: Static) -> Any:
         pairs = integers(job.starts)[job.touched]
         _arrange_rows(
             level, job.down_number, job.between, 4 * job.intermediate, pairs, job.intermediate,
-            job.between_arranged, job.between_factors, control, 2,
+            job.between_arranged, job.between_factors, control, 1,
         )  # fmt: skip
         if not barrier(control, lanes, 2):
             return FAILED
         while down < job.hidden:
-            following = claim(control, 3) * DOWN_ROWS
+            next_down, down_turn = claim_near(control, lane, 1, 1, downs, down_turn)
+            following = next_down * job.down_rows
             _down_chunk(job, scratch, down, _down_rows(job, 0, min(following, job.hidden - 1)))
             down = following
         return DONE

@@ -135,7 +135,7 @@ class KernelCache(FunctionCache):
 def _cache(function: Callable[..., Any]) -> Any:
     try:
         return KernelCache(function)
-    except OSError:  # the directory cannot be made or written
+    except (OSError, RuntimeError):  # the directory cannot be made or written, or nobody has a home
         return NullCache()
 
 

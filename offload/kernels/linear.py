@@ -11,7 +11,7 @@ from offload.kernels.forms import BF16, HALVES, PLAIN
 from offload.kernels.jit import DONE, FAILED, OPTIONS, Static, compile_job, jit
 from offload.kernels.memory import clear, floats, integers, record
 from offload.kernels.project import BF16_NUMBER, FP8_NUMBER, TILE_BYTES, codes_form, project, widen
-from offload.workers import barrier, claim
+from offload.workers import barrier, claim, claim_near
 
 TOKENS = 96  # tokens a lane takes at a time: bounds its scratch and keeps their activations in L2
 CHUNK = 128  # the most rows in a chunk
@@ -90,11 +90,12 @@ def linear_job(level: Static) -> Any:
             number = claim(control, 0)
         if not barrier(control, lanes, 0):
             return FAILED
-        chunks = -(-job.rows // job.chunk) * job.groups
-        number = claim(control, 1)
-        while number < chunks:
-            following = claim(control, 1)
-            _linear_chunk(job, job.scratch + lane * SCRATCH_BYTES, number, min(following, chunks - 1))
+        chunks = -(-job.rows // job.chunk)
+        count = chunks * job.groups
+        number, turn = claim_near(control, lane, 0, job.groups, chunks, 0)
+        while number < count:
+            following, turn = claim_near(control, lane, 0, job.groups, chunks, turn)
+            _linear_chunk(job, job.scratch + lane * SCRATCH_BYTES, number, min(following, count - 1))
             number = following
         return DONE
 

@@ -1,5 +1,7 @@
 """The kernels against float64, at every level this machine runs; and that a row's bits are its own."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,6 +19,7 @@ from offload.store import MmapStore
 
 FINITE = [code for code in range(256) if code & 0x7F != 0x7F]
 SUBNORMAL = [code for code in range(256) if code & 0x78 == 0]
+NORMAL = [code for code in FINITE if code & 0x78]
 
 
 @pytest.fixture(scope="module", params=LEVELS)
@@ -37,6 +40,15 @@ def fp8(rows: int, columns: int, codes: list[int], seed: int) -> Weight:
     return Weight(data.view(torch.float8_e4m3fn), scale)
 
 
+def with_few_rare(weight: Weight) -> Weight:
+    """The same, with a code of zero exponent in a thousand."""
+    rng = np.random.default_rng(7)
+    data = weight.data.view(torch.uint8).clone()
+    places = rng.choice(data.numel(), max(1, data.numel() // 1000), replace=False)
+    data.view(-1)[places] = torch.from_numpy(rng.choice(np.array(SUBNORMAL, np.uint8), len(places)))
+    return Weight(data.view(torch.float8_e4m3fn), weight.scale)
+
+
 def float64(weight: Weight) -> Tensor:
     """Independent of Weight.dequantize: float64 codes times float64 scales."""
     if weight.scale is None:
@@ -53,7 +65,9 @@ def error(got: Tensor, wanted: Tensor) -> float:
 SHAPES = [(1, 1), (5, 7), (128, 128), (130, 257), (33, 1500), (300, 2049)]
 
 
-@pytest.mark.parametrize("codes", [FINITE, SUBNORMAL], ids=["all finite", "subnormal and zero"])
+@pytest.mark.parametrize(
+    "codes", [FINITE, NORMAL, SUBNORMAL], ids=["all finite", "normal", "subnormal and zero"]
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear_fp8(kernels: CpuKernels, shape: tuple[int, int], codes: list[int]) -> None:
     weight = fp8(*shape, codes, seed=shape[0])
@@ -123,7 +137,7 @@ def test_experts_against_float64(kernels: CpuKernels, tokens: int, hidden: int, 
 
 
 def test_a_row_has_the_same_bits_in_any_batch_and_on_any_number_of_threads(kernels: CpuKernels) -> None:
-    weights = experts(6, 200, 150)
+    weights = [ExpertWeights(*map(with_few_rare, expert)) for expert in experts(6, 200, 150, NORMAL)]
     x, ids, gates = routed(13, 200, 6, 3, seed=5)
     together = ExpertExecutor(MmapStore({0: weights}), kernels).run(0, x, ids, gates, decode=True)
     single = CpuKernels(1, kernels.level)
@@ -174,3 +188,45 @@ def test_a_nan_code_is_found_on_first_touch(kernels: CpuKernels, code: int, at: 
     store.touch(0, np.array([0, 2]), kernels)
     with pytest.raises(CheckpointError, match="layer 0, expert 1, down"):
         store.touch(0, np.array([0, 1]), kernels)
+
+
+GUARDED = """
+import ctypes, mmap, sys
+import torch
+from offload.fp8 import Weight
+from offload.kernels.cpu import CpuKernels
+
+def at_the_end_of_a_page(tensor):
+    size = tensor.nbytes
+    room = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    area = mmap.mmap(-1, room + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + room), mmap.PAGESIZE, 0) == 0
+    buffer = (ctypes.c_uint8 * size).from_address(start + room - size)
+    moved = torch.frombuffer(buffer, dtype=torch.uint8)
+    moved.copy_(tensor.contiguous().view(torch.uint8).view(-1))
+    kept.append(area)
+    return moved.view(tensor.dtype).view(tensor.shape)
+
+kept, kernels = [], CpuKernels(2, sys.argv[1])
+for rows, columns in ((1, 1), (3, 5), (5, 127), (4, 128), (7, 130), (9, 1500), (130, 257)):
+    codes = torch.randint(8, 0x7F, (rows, columns), dtype=torch.uint8)
+    codes[0, 0] = 1
+    scale = at_the_end_of_a_page(torch.rand(-(-rows // 128), -(-columns // 128)) + 0.5)
+    fp8 = Weight(at_the_end_of_a_page(codes.view(torch.float8_e4m3fn)), scale)
+    others = [Weight(at_the_end_of_a_page(torch.randn(rows, columns).to(d))) for d in (torch.bfloat16, torch.float32)]
+    assert kernels.hold_nan([fp8]) == [False]
+    for weight in (fp8, *others):
+        for tokens in (1, 2, 3, 9):
+            x = at_the_end_of_a_page(torch.randn(tokens, columns))
+            assert kernels.linear(x, weight).isfinite().all()
+print("read nothing beyond")
+"""
+
+
+def test_nothing_beyond_a_matrix_is_read(kernels: CpuKernels) -> None:
+    """Every buffer ends where the next page must not be touched: what reads on is killed."""
+    done = subprocess.run(
+        [sys.executable, "-c", GUARDED, kernels.level], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "read nothing beyond\n", done

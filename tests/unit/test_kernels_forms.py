@@ -16,7 +16,7 @@ from offload.kernels import cpu
 from offload.kernels.cpu import CpuKernels
 from offload.kernels.forms import CODES
 from offload.kernels.levels import LEVELS, Level, missing_features
-from tests.unit.test_kernels_exact import FINITE, SUBNORMAL, error, float64, fp8
+from tests.unit.test_kernels_exact import FINITE, NORMAL, SUBNORMAL, error, float64, fp8, with_few_rare
 
 FORMS = [Level(f"{codes}{width}", width, (), codes) for codes in CODES for width in (8, 16)]
 
@@ -42,7 +42,7 @@ def activations(rows: int, columns: int, seed: int = 0) -> Tensor:
     columns=st.integers(1, 2200),
     tokens=st.integers(1, 9),
     offset=st.integers(0, 63),
-    codes=st.sampled_from([FINITE, SUBNORMAL, [0x80, 0x00, 0x01]]),
+    codes=st.sampled_from([FINITE, NORMAL, SUBNORMAL, [0x80, 0x00, 0x01]]),
 )
 def test_any_shape_at_any_address(
     kernels: CpuKernels, rows: int, columns: int, tokens: int, offset: int, codes: list[int]
@@ -69,14 +69,49 @@ def test_every_finite_code_is_exact(kernels: CpuKernels) -> None:
         assert torch.equal(got.double(), data[:, 0].double() * 0.5 * x)
 
 
-@pytest.mark.parametrize("exponent", [-98, -60, 60, 110])
-@pytest.mark.parametrize("codes", [FINITE, SUBNORMAL], ids=["all finite", "subnormal and zero"])
-def test_extreme_scales_with_finite_products(kernels: CpuKernels, codes: list[int], exponent: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7])
+def test_blocks_with_and_without_rare_codes(kernels: CpuKernels, tokens: int) -> None:
+    """A code of zero exponent in a thousand: some blocks go the short way, some the long one."""
+    weight = with_few_rare(fp8(70, 3000, NORMAL, seed=4))
+    x = activations(tokens, 3000)
+    got = kernels.linear(x, weight)
+    assert error(got, x.double() @ float64(weight).T) < 2e-6
+    assert torch.equal(kernels.linear(x[-1:], weight)[0], got[-1])
+
+
+@pytest.mark.parametrize(
+    ("x_exponent", "scale_exponent"),
+    [
+        (0, -100),
+        (0, -60),
+        (0, 60),
+        (0, 90),
+        (40, -115),
+        (60, -118),
+        (-40, 105),
+        (-60, 112),
+        (-30, -60),
+        (60, 40),
+    ],
+)
+@pytest.mark.parametrize(
+    "codes", [FINITE, NORMAL, SUBNORMAL], ids=["all finite", "normal", "subnormal and zero"]
+)
+def test_extremes_with_finite_products(
+    kernels: CpuKernels, codes: list[int], x_exponent: int, scale_exponent: int
+) -> None:
     weight = fp8(130, 300, codes, seed=1)
     assert weight.scale is not None
-    weight = Weight(weight.data, weight.scale * 2.0**exponent)
-    for x in (activations(5, 300), activations(2, 300) * 2.0**-10):
+    weight = Weight(weight.data, weight.scale * 2.0**scale_exponent)
+    for tokens in (2, 5):
+        x = activations(tokens, 300) * 2.0**x_exponent
         assert error(kernels.linear(x, weight), x.double() @ float64(weight).T) < 2e-6
+
+
+def test_a_row_of_largest_codes_does_not_overflow_before_its_time(kernels: CpuKernels) -> None:
+    weight = Weight(torch.full((8, 512), 448.0).to(torch.float8_e4m3fn), torch.full((1, 4), 2.0**115))
+    x = torch.full((1, 512), 2.0**-38)
+    assert torch.equal(kernels.linear(x, weight), torch.full((1, 8), 448.0 * 512 * 2.0**77))
 
 
 @pytest.mark.parametrize("exponent", [-100, -30, 30, 90])

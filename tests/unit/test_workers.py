@@ -9,11 +9,16 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
+import torch
 
+from offload import hardware
 from offload.errors import WorkerError
+from offload.executor import ExpertExecutor
+from offload.kernels.cpu import CpuKernels
 from offload.kernels.intrinsics import as_pointer, system_call
 from offload.kernels.jit import DONE, compile_job
-from offload.workers import Workers, barrier, claim
+from offload.store import MmapStore
+from offload.workers import Workers, barrier, claim, claim_near
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -206,3 +211,138 @@ def test_a_process_ends_with_workers_left_open() -> None:
     child = run_child("from offload.workers import Workers; workers = Workers(3); print('end')", timeout=60)
     assert child.stdout.strip() == "end", child
     assert child.returncode == 0, child
+
+
+def leave_early(args: int, lane: int, lanes: int, control: int) -> int:
+    """Lane `args % 10` leaves before the barrier: by status, or if args >= 10 by raising."""
+    if lane == args % 10:
+        if args >= 10:
+            raise ValueError("broken")
+        return 17
+    return DONE if barrier(control, lanes, 0) else 18
+
+
+@pytest.mark.parametrize("args", [0, 1, 2, 10, 11])
+def test_a_lane_that_leaves_before_a_barrier_does_not_hang_the_others(args: int) -> None:
+    child = run_child(
+        f"""
+        from tests.unit.test_workers import leave_early, refuse
+        from offload.errors import WorkerError
+        from offload.kernels.jit import compile_job
+        from offload.workers import Workers
+        workers = Workers(3)
+        for _ in range(20):
+            try:
+                workers.run(compile_job(leave_early).address, {args})
+            except WorkerError as error:
+                message = str(error)
+        print(message)
+        workers.run(compile_job(refuse).address, 5)
+        """
+    )
+    assert "A kernel job failed" in child.stdout, child
+    assert child.returncode == 0, child
+
+
+def slow_or_gone(args: int, lane: int, lanes: int, control: int) -> int:
+    """Lane 1 vanishes; lane 2 writes to the caller's memory only after a while."""
+    if lane == 1:
+        system_call(EXIT, 0, 0, 0, 0)
+    if lane == 2:
+        words = as_pointer(args, numba.int64)
+        for i in range(30_000_000):
+            words[1] = i
+        words[0] = 1
+    return DONE
+
+
+def test_a_death_is_reported_only_when_the_living_have_left_the_callers_memory() -> None:
+    child = run_child(
+        """
+        import numpy as np
+        from tests.unit.test_workers import slow_or_gone
+        from offload.errors import WorkerError
+        from offload.kernels.jit import compile_job
+        from offload.workers import Workers
+        workers, words = Workers(3), np.zeros(2, np.int64)
+        try:
+            workers.run(compile_job(slow_or_gone).address, words.ctypes.data)
+        except WorkerError as error:
+            print(error, words[0])
+        """
+    )
+    assert "A worker thread died" in child.stdout, child
+    assert child.stdout.strip().endswith(" 1"), child
+
+
+def deal(args: int, lane: int, lanes: int, control: int) -> int:
+    """Notes which lane took each of 6 x 20 chunks, and in which order."""
+    taken = as_pointer(args, numba.int64)
+    number, turn = claim_near(control, lane, 1, 6, 20, 0)
+    while number < 120:
+        taken[2 * number] = lane
+        taken[2 * number + 1] = claim(control, 0)
+        number, turn = claim_near(control, lane, 1, 6, 20, turn)
+    return DONE
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_lanes_take_their_own_nodes_slices_first(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    monkeypatch.setattr("offload.workers.physical_cores", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr("offload.workers.numa_nodes", lambda: {0: 0, 1: 0, 2: 3, 3: 3})
+    workers = Workers(threads)
+    try:
+        assert workers.nodes == [0, 3][:threads]
+        for _ in range(20):
+            taken = np.full((120, 2), -1)
+            workers.run(compile_job(deal).address, taken.ctypes.data)
+            assert sorted(taken[:, 1]) == list(range(120))  # each chunk once
+            for lane in range(threads):
+                mine = np.flatnonzero(taken[:, 0] == lane)
+                mine = mine[np.argsort(taken[mine, 1])]
+                home = (mine % 20 >= 10) == (lane % 2 == 1) if threads > 1 else np.ones(len(mine), bool)
+                assert np.array_equal(home, np.sort(home)[::-1])  # others' only when its own are gone
+    finally:
+        workers.close()
+
+
+def test_two_nodes_give_the_same_bits_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.unit.test_kernels_exact import experts, routed
+
+    weights, (x, ids, gates) = experts(6, 300, 260), routed(5, 300, 6, 3, seed=3)
+    results = []
+    for nodes in ({}, {0: 0, 1: 1}):
+        monkeypatch.setattr("offload.workers.physical_cores", lambda: [0, 1])
+        monkeypatch.setattr("offload.workers.numa_nodes", lambda nodes=nodes: nodes)
+        kernels = CpuKernels(2)
+        try:
+            assert len(kernels.workers.nodes) == max(1, len(nodes))
+            routed_part = ExpertExecutor(MmapStore({0: weights}), kernels).run(0, x, ids, gates)
+            results.append((routed_part, kernels.linear(x, weights[0].gate)))
+        finally:
+            kernels.close()
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_nodes_are_read_as_linux_lists_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for node, cpus in (("node0", "0-1,4\n"), ("node2", "2-3\n"), ("node5", "\n")):
+        (tmp_path / node).mkdir()
+        (tmp_path / node / "cpulist").write_text(cpus)
+    monkeypatch.setattr(hardware, "NUMA_NODES", tmp_path)
+    assert hardware.numa_nodes() == {0: 0, 1: 0, 4: 0, 2: 2, 3: 2}
+    monkeypatch.setattr(hardware, "NUMA_NODES", tmp_path / "none")
+    assert hardware.numa_nodes() == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "most"), [("max 100000", 64), ("150000 100000", 2), ("50000 100000", 1), ("?", 64)]
+)
+def test_a_containers_quota_bounds_the_cores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, most: int
+) -> None:
+    (tmp_path / "cpu.max").write_text(text)
+    monkeypatch.setattr(hardware, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(hardware, "CPU_TOPOLOGY", tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    assert len(hardware.physical_cores()) == most
