@@ -23,14 +23,15 @@ Model = Annotated[
 ]
 PromptTokens = Annotated[int, typer.Option(min=1, help="Random tokens that come before.")]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Default: one a physical core.")]
+Level = Annotated[str | None, typer.Option(help="avx512, avx2 or portable; default: the best.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
 
-def _load(model: Path | None, threads: int | None) -> "Runtime":
+def _load(model: Path | None, threads: int | None, level: str | None) -> "Runtime":
     from hybrid.config import RuntimeConfig
     from hybrid.runtime import load_runtime
 
-    return load_runtime(model, RuntimeConfig(threads=threads), lambda *_: None)
+    return load_runtime(model, RuntimeConfig(threads=threads, level=level), lambda *_: None)
 
 
 def _random_tokens(runtime: "Runtime", count: int) -> list[int]:
@@ -140,26 +141,28 @@ def decode(
     prompt_tokens: PromptTokens = 64,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode and time.")] = 32,
     threads: Threads = None,
+    level: Level = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure decoding, one token at a time."""
-    _run(model, threads, as_json, lambda runtime: measure_decode(runtime, prompt_tokens, new_tokens))
+    _run(model, threads, level, as_json, lambda runtime: measure_decode(runtime, prompt_tokens, new_tokens))
 
 
 def prefill(
     model: Model = None,
     prompt_tokens: PromptTokens = 512,
     threads: Threads = None,
+    level: Level = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the computation of a prompt."""
-    _run(model, threads, as_json, lambda runtime: measure_prefill(runtime, prompt_tokens))
+    _run(model, threads, level, as_json, lambda runtime: measure_prefill(runtime, prompt_tokens))
 
 
-def _run(model: Path | None, threads: int | None, as_json: bool, measure: Any) -> None:
+def _run(model: Path | None, threads: int | None, level: str | None, as_json: bool, measure: Any) -> None:
     import torch
 
-    runtime = _load(model, threads)
+    runtime = _load(model, threads, level)
     try:
         with torch.inference_mode():
             result = measure(runtime)

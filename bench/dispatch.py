@@ -52,7 +52,7 @@ def measure(threads: int) -> dict[str, Any]:
 
     job = compile_job(empty)
     workers = Workers(threads)
-    torch.set_num_threads(1)  # as the runtime does
+    torch.set_num_threads(threads)  # as the runtime does
     a = torch.randn(64, 512)
     b = torch.randn(512, 512)
     try:

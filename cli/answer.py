@@ -2,7 +2,7 @@
 
 import queue
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,28 +31,20 @@ class Answer:
 
     content: str = ""
     reasoning: str = ""
-    tool_calls: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     def add(self, delta: Delta) -> None:
         self.content += delta.content or ""
         self.reasoning += delta.reasoning or ""
-        for piece in delta.tool_calls:
-            if piece.index == len(self.tool_calls):
-                function = {"name": piece.name, "arguments": ""}
-                self.tool_calls.append({"id": piece.id, "type": "function", "function": function})
-            self.tool_calls[piece.index]["function"]["arguments"] += piece.arguments
         self.finish_reason = delta.finish_reason or self.finish_reason
 
     def message(self) -> dict[str, Any] | None:
         """The assistant's message for the conversation; None if nothing was said."""
-        if not (self.content or self.tool_calls):
+        if not self.content:
             return None
         message: dict[str, Any] = {"role": "assistant", "content": self.content}
         if self.reasoning:
             message["reasoning_content"] = self.reasoning
-        if self.tool_calls:
-            message["tool_calls"] = self.tool_calls
         return message
 
 
@@ -78,7 +70,7 @@ def ask(
         prefilled = (0, len(token_ids))
         ticket = engine.submit(Request(tuple(token_ids), params), steps.put, on_prefill=on_prefill)
         interruption.cancels(ticket)
-        reply, answer, started = engine.reply(), Answer(), False
+        reply, answer, started = engine.reply([]), Answer(), False  # no tools are declared
         try:
             while answer.finish_reason is None:
                 try:

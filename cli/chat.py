@@ -26,6 +26,7 @@ def chat(
     device: options.Device = "auto",
     experts: options.Experts = "auto",
     threads: options.Threads = None,
+    level: options.Level = None,
     context: options.Context = None,
 ) -> None:
     """Talk to the model. With stdin piped in: one answer to it, as plain text."""
@@ -42,7 +43,7 @@ def chat(
         if not question:
             raise UsageError("standard input is empty; pipe a question in, or run this on a terminal")
     with options.loaded_engine(
-        model, device=device, experts=experts, threads=threads, context=context
+        model, device=device, experts=experts, threads=threads, context=context, level=level
     ) as engine:
         if engine.template is None:
             raise TemplateError(

@@ -34,6 +34,7 @@ def complete(
     device: options.Device = "auto",
     experts: options.Experts = "auto",
     threads: options.Threads = None,
+    level: options.Level = None,
     context: options.Context = None,
 ) -> None:
     """Complete one prompt and print it as it comes."""
@@ -52,7 +53,7 @@ def complete(
     params = SamplingParams(temperature, top_p, max_tokens, tuple(stop or ()), seed)
     begin = time.perf_counter()
     with options.loaded_engine(
-        model, device=device, experts=experts, threads=threads, context=context
+        model, device=device, experts=experts, threads=threads, context=context, level=level
     ) as engine:
         load_s = time.perf_counter() - begin
         if engine.notice:

@@ -34,14 +34,14 @@ class Conversation:
         head = [{"role": "system", "content": self.system}] if self.system else []
         return [*head, *self.turns]
 
-    def take_back_reply(self) -> str | None:
-        """Forget the last question and its answer. -> the question, or None if there is none."""
+    def take_back_reply(self) -> Messages:
+        """Forget the last question and its answer. -> both, the question first; empty if there is none."""
         for at in range(len(self.turns) - 1, -1, -1):
             if self.turns[at]["role"] == "user":
-                question = self.turns[at]["content"]
+                forgotten = self.turns[at:]
                 del self.turns[at:]
-                return str(question)
-        return None
+                return forgotten
+        return []
 
     def set(self, name: str, value: str) -> None:
         """Change a sampling parameter from text; "none" unsets. Raises UsageError."""
@@ -68,8 +68,11 @@ class Conversation:
         """Write to `path`, all or nothing, readable by the owner alone.
 
         Raises:
-            UsageError: it cannot be written, or would replace something that is not a saved chat.
+            UsageError: there is nothing to write, it cannot be written, or it would replace something that is not a
+                saved chat.
         """
+        if not self.messages():
+            raise UsageError("nothing has been said yet, so there is nothing to save")
         if path.exists():
             try:
                 _read(path)

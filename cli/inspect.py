@@ -15,7 +15,7 @@ def inspect(
     full: Annotated[
         bool,
         typer.Option(
-            "--full", help="Read every fp8 weight and look for NaN: as long as reading the files takes."
+            "--full", help="Read every weight and look for NaN: as long as reading the files takes."
         ),
     ] = False,
     as_json: Annotated[

@@ -1,5 +1,6 @@
 """Options that several commands share, and how a command loads an engine with them."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,10 @@ Device = Annotated[
 Experts = Annotated[Literal["auto", "mmap"], typer.Option(help="Where the routed experts live.")]
 Threads = Annotated[
     int | None, typer.Option("--threads", "-t", min=1, help="CPU threads. Default: one a physical core.")
+]
+Level = Annotated[
+    Literal["avx512", "avx2", "portable"] | None,
+    typer.Option(help="Vector instructions of the CPU kernels. Default: the best this CPU has."),
 ]
 Context = Annotated[
     int | None,
@@ -54,12 +59,24 @@ def loaded_engine(
     experts: Literal["auto", "mmap"],
     threads: int | None,
     context: int | None,
+    level: Literal["avx512", "avx2", "portable"] | None,
 ) -> "Iterator[Engine]":
     """An engine, loaded behind a progress bar on stderr and closed at the end."""
     from cli.progress import SlowBar
-    from hybrid.engine import Engine
+    from hybrid import engine as engine_module
 
     with SlowBar() as bar:
-        engine = Engine.load(model, device, experts, threads=threads, context=context, progress=bar.update)
-    with engine:
-        yield engine
+        engine = engine_module.Engine.load(
+            model, device, experts, threads=threads, context=context, level=level, progress=bar.update
+        )
+    engine_module.log.addFilter(_has_traceback)
+    try:
+        with engine:
+            yield engine
+    finally:
+        engine_module.log.removeFilter(_has_traceback)
+
+
+def _has_traceback(record: logging.LogRecord) -> bool:
+    """The command itself shows why its request failed: of the engine's log only tracebacks are news."""
+    return record.exc_info is not None

@@ -44,10 +44,6 @@ class Screen:
             if self._painter is None:
                 self._painter = Painter(self._write, colour=self.colour)
             self._painter.push(delta.content)
-        for piece in delta.tool_calls:
-            self._end_thinking()
-            text = visible(f"\n[calls {piece.name}] " if piece.name else "") + visible(piece.arguments)
-            self._write(f"{DIM}{text}{RESET}" if self.colour else text)
 
     def end_reply(self) -> None:
         """After the last piece, or an error: everything back to normal, on a line of its own."""

@@ -31,6 +31,7 @@ def serve(
     device: options.Device = "auto",
     experts: options.Experts = "auto",
     threads: options.Threads = None,
+    level: options.Level = None,
     context: options.Context = None,
 ) -> None:
     """Answer OpenAI's HTTP API (/v1/chat/completions, /v1/models) until told to stop."""
@@ -41,7 +42,9 @@ def serve(
     def load(progress: Callable[[str, float], None]) -> "Engine":
         from hybrid.engine import Engine
 
-        return Engine.load(model, device, experts, threads=threads, context=context, progress=progress)
+        return Engine.load(
+            model, device, experts, threads=threads, context=context, level=level, progress=progress
+        )
 
     if api_key == "":
         raise typer.BadParameter(

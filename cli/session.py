@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli.answer import Answer, ask
-from cli.conversation import Conversation
+from cli.answer import ask
+from cli.conversation import Conversation, Messages
 from cli.keys import Reader, unquoted
 from cli.screen import Screen, summary
 from offload.errors import EngineClosed, HybridError, UsageError
@@ -84,7 +84,8 @@ class Session:
             )
         self.commands[name](argument.strip())
 
-    def _answer(self, question: str) -> None:
+    def _answer(self, question: str, before: Messages | None = None) -> None:
+        """Ask, and keep question and answer. If nothing is said: keep `before` in their place."""
         turns = self.conversation.turns
         turns.append({"role": "user", "content": question})
         answer = None
@@ -94,15 +95,13 @@ class Session:
             self.screen.end_reply()
             message = answer.message() if answer is not None else None
             if message is None:
-                turns.pop()  # an unanswered question would be answered along with the next one
+                turns[-1:] = before or []  # an unanswered question would be answered along with the next one
             else:
                 turns.append(message)
-        self._after(answer)
-
-    def _after(self, answer: Answer) -> None:
         self.screen.note(summary(self.engine.stats()["last"], answer.finish_reason))
-        if answer.message() is None:
-            self.screen.note("nothing was said, so the question is not part of the conversation")
+        if message is None:
+            kept = "the reply before stays" if before else "the question is not part of the conversation"
+            self.screen.note(f"nothing was said, so {kept}")
 
     # Commands: each takes what follows its name
 
@@ -151,10 +150,10 @@ class Session:
         self.screen.note(f"{len(self.conversation.turns)} messages loaded")
 
     def _retry(self, _: str) -> None:
-        question = self.conversation.take_back_reply()
-        if question is None:
+        before = self.conversation.take_back_reply()
+        if not before:
             raise UsageError("there is no question to answer again")
-        self._answer(question)
+        self._answer(before[0]["content"], before)
 
 
 def _path(text: str) -> Path:

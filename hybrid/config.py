@@ -171,8 +171,14 @@ class ModelConfig:
         )
         need(self.topk_method == "noaux_tc", f"topk_method is {self.topk_method!r}; only 'noaux_tc' is known")
         need(self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim is {self.qk_rope_head_dim}, not even")
-        need(self.rms_norm_eps > 0 and self.rope_theta > 0, "rms_norm_eps and rope_theta must be above 0")
+        need(self.rms_norm_eps > 0, f"rms_norm_eps is {self.rms_norm_eps}; it must be above 0")
+        need(self.rope_theta > 1, f"rope_theta is {self.rope_theta}; it must be above 1")
         need(self.n_routed_experts % self.n_group == 0, "n_routed_experts is not a multiple of n_group")
+        need(
+            self.n_group == 1 or self.n_routed_experts >= 2 * self.n_group,
+            f"n_group {self.n_group} leaves fewer than 2 of {self.n_routed_experts} experts a group, which is "
+            "ranked by its two best",
+        )
         need(self.topk_group <= self.n_group, f"topk_group {self.topk_group} exceeds n_group {self.n_group}")
         need(
             self.num_experts_per_tok <= self.topk_group * (self.n_routed_experts // self.n_group),
@@ -233,13 +239,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def eos_token_ids(config: dict[str, Any], generation_config: dict[str, Any] | None) -> frozenset[int]:
-    """Ids that end a reply: generation_config.json's, which K2 sets to <|im_end|>, else config.json's."""
-    source = generation_config if generation_config and "eos_token_id" in generation_config else config
-    ids = source.get("eos_token_id")
+def eos_token_ids(values: dict[str, Any], file: Path, vocab_size: int) -> frozenset[int]:
+    """The field eos_token_id of a config.json or generation_config.json. Raises ConfigError, naming `file`."""
+    ids = values.get("eos_token_id")
     listed = ids if isinstance(ids, list) else [ids]
-    if not listed or not all(type(i) is int and i >= 0 for i in listed):
-        raise ConfigError(f"eos_token_id is {ids!r}, expected an id or a list of ids")
+    if not listed or not all(type(i) is int and 0 <= i < vocab_size for i in listed):
+        raise ConfigError(
+            f"{file}: eos_token_id is {_brief(ids)}, expected one or several token ids below {vocab_size}. Use the "
+            f"{file.name} published with the checkpoint."
+        )
     return frozenset(listed)
 
 
@@ -253,3 +261,4 @@ class RuntimeConfig:
     vram: int | None = None
     threads: int | None = None
     context: int | None = None
+    level: str | None = None

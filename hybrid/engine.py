@@ -3,7 +3,6 @@
 Text comes in at `prompt` and `chat` and leaves through `Step.text`; in between there are only token ids.
 """
 
-import itertools
 import logging
 import queue
 import threading
@@ -11,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +26,8 @@ from hybrid.tokenizer import Tokenizer
 from offload.errors import EngineClosed, HybridError, Overloaded, RequestError, TemplateError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_WAITING = 64
 """Requests that may wait for their turn."""
@@ -56,6 +57,46 @@ class Ticket:
         """Whether its turn has not come yet."""
         with self._engine._changed:
             return self in self._engine._waiting
+
+
+class Stream(Iterator[T]):
+    """What one request yields, as it comes. `close` cancels the request, started or not; so does losing the
+    last reference.
+
+    Args:
+        steps: where the ticket's sink puts its steps.
+        parts: what to yield for each of them.
+    """
+
+    def __init__(
+        self, ticket: Ticket, steps: "queue.SimpleQueue[Step]", parts: Callable[[Step], list[T]]
+    ) -> None:
+        self._ticket = ticket
+        self._steps = steps
+        self._parts = parts
+        self._ready: deque[T] = deque()
+        self._ended = False
+
+    def __next__(self) -> T:
+        """Raises HybridError if the request failed while running."""
+        while not self._ready:
+            if self._ended:
+                raise StopIteration
+            step = self._steps.get()
+            self._ended = step.finish_reason is not None
+            if step.error is not None:
+                raise step.error
+            self._ready.extend(self._parts(step))
+        return self._ready.popleft()
+
+    def close(self) -> None:
+        """Cancel what is still to come. May be called any number of times."""
+        self._ended = True
+        self._ready.clear()
+        self._ticket.cancel()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class Engine:
@@ -94,6 +135,7 @@ class Engine:
         threads: int | None = None,
         context: int | None = None,
         *,
+        level: str | None = None,
         progress: Callable[[str, float], None] | None = None,
     ) -> "Engine":
         """Open a model directory and make it ready to run.
@@ -105,12 +147,13 @@ class Engine:
             ram, vram: bytes; limits for expert stores that manage their own memory (none does yet).
             threads: worker threads; None: one a physical core.
             context: tokens a sequence may have; None: the model's, as far as a quarter of the free memory goes.
+            level: the CPU kernels' vector instructions: "avx512", "avx2" or "portable"; None: the best there is.
             progress: called with what is being done and how much of it is done, 0 to 1.
 
         Raises:
             UsageError: the directory, the options or the machine cannot be used; the message says why.
         """
-        options = RuntimeConfig(device, experts, ram, vram, threads, context)
+        options = RuntimeConfig(device, experts, ram, vram, threads, context, level)
         return cls(load_runtime(None if path is None else Path(path), options, progress or (lambda *_: None)))
 
     # Requests
@@ -139,27 +182,12 @@ class Engine:
 
         return self._enqueue(Ticket(self, job, sink))
 
-    def generate(self, token_ids: Sequence[int], params: SamplingParams | None = None) -> Iterator[Step]:
-        """Continue a prompt; yields a step a token. Closing the iterator cancels the request.
+    def generate(self, token_ids: Sequence[int], params: SamplingParams | None = None) -> "Stream[Step]":
+        """Continue a prompt; yields a step a token. Closing the iterator, or dropping it, cancels the request.
 
         Raises what `submit` raises, and HybridError if the request fails while running.
         """
-        steps: queue.SimpleQueue[Step] = queue.SimpleQueue()
-        ticket = self.submit(Request(tuple(token_ids), params or SamplingParams()), steps.put)
-        return self._steps(ticket, steps)
-
-    @staticmethod
-    def _steps(ticket: Ticket, steps: "queue.SimpleQueue[Step]") -> Iterator[Step]:
-        try:
-            while True:
-                step = steps.get()
-                if step.error is not None:
-                    raise step.error
-                yield step
-                if step.finish_reason is not None:
-                    return
-        finally:
-            ticket.cancel()
+        return self._stream(token_ids, params, lambda step: [step])
 
     def prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Prompt token ids of a conversation, by the model's own chat template.
@@ -179,16 +207,24 @@ class Engine:
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         params: SamplingParams | None = None,
-    ) -> Iterator[Delta]:
-        """Answer a conversation in OpenAI's message format; the last delta has the finish reason and usage."""
-        steps = self.generate(self.prompt(messages, tools), params)
-        reply = self.reply(tools)
-        return itertools.chain.from_iterable(reply.push(step) for step in steps)
+    ) -> "Stream[Delta]":
+        """Answer a conversation in OpenAI's message format; the last delta has the finish reason and usage.
 
-    @staticmethod
-    def reply(tools: list[dict[str, Any]] | None = None) -> Reply:
-        """What turns one request's steps into deltas."""
-        return Reply(tools)
+        Closing the iterator, or dropping it, cancels the request. Raises what `prompt` and `generate` raise.
+        """
+        prompt = self.prompt(messages, tools)
+        return self._stream(prompt, params, self.reply(tools or []).push)
+
+    def _stream(
+        self, token_ids: Sequence[int], params: SamplingParams | None, parts: Callable[[Step], list[T]]
+    ) -> "Stream[T]":
+        steps: queue.SimpleQueue[Step] = queue.SimpleQueue()
+        ticket = self.submit(Request(tuple(token_ids), params or SamplingParams()), steps.put)
+        return Stream(ticket, steps, parts)
+
+    def reply(self, tools: list[dict[str, Any]] | None) -> Reply:
+        """What turns one request's steps into deltas; see `Reply`."""
+        return Reply(tools, self.tokenizer.special_ids)
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Teacher-forced: float32 [len(token_ids), vocab_size], row t being what follows token t."""
@@ -289,6 +325,8 @@ class Engine:
             try:
                 ticket.job(ticket)
             except HybridError as error:
+                if not isinstance(error, RequestError):
+                    log.error("a request failed: %s", error)
                 _deliver(ticket, Step(-1, "", finish_reason="error", error=error))
             except Exception as error:
                 log.exception("a request failed")

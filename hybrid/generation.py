@@ -44,6 +44,14 @@ class StopText:
         certain, self.held = self.held[:cut], self.held[cut:]
         return certain, False
 
+    def push_control(self, text: str) -> tuple[str, bool]:
+        """`push` for a control token's text, which is all or nothing: a stop string inside ends the reply before
+        it, none reaches across its edges. So readers of steps can tell the token from text that spells it."""
+        before = self.finish()
+        if any(stop in text for stop in self.stops):
+            return before, True
+        return before + text, False
+
     def finish(self) -> str:
         certain, self.held = self.held, ""
         return certain
@@ -89,9 +97,12 @@ class Generation:
         self.eos_token_ids = eos_token_ids
         self.is_cancelled = is_cancelled
         self.on_prefill = on_prefill
+        self.context = context
         room = context - len(request.token_ids)
         self.max_tokens = min(request.params.max_tokens or max_new_tokens or room, room)
+        self.tokenizer = tokenizer
         self.detokenizer = tokenizer.detokenizer()
+        self.control_ids = frozenset(tokenizer.special_ids.values())
         self.vocab_size = tokenizer.vocab_size  # a padded head has rows that stand for no token
         self.sampler = Sampler(request.params)
         self.stop = StopText(request.params.stop)
@@ -99,7 +110,7 @@ class Generation:
 
     def run(self, emit: Callable[[Step], None]) -> None:
         prompt = list(self.request.token_ids)
-        cache = self.caches.take(prompt) or self.model.new_cache()
+        cache = self.caches.take(prompt) or self.model.new_cache(self.context)
         self.measured.cached_tokens = cache.length
         self.measured.parts = self.model.watch.start()
         try:
@@ -140,8 +151,7 @@ class Generation:
             if step.finish_reason is not None:
                 break
             emit(step)
-            self._check()
-            hidden = self.model.decode([token_id], [cache])
+            hidden = self.model.decode([token_id], [cache], between_layers=self._check)
             self.measured.decode_steps += 1
             self.measured.decode_s = time.perf_counter() - begin
         emit(step)
@@ -149,12 +159,27 @@ class Generation:
     def _step(self, token_id: int, logprob: float | None) -> Step:
         if token_id in self.eos_token_ids and not self.request.params.ignore_eos:
             return self._last(token_id, "", logprob, "stop")
-        text, stopped = self.stop.push(self.detokenizer.push(token_id))
+        text, stopped = self._text(token_id)
         if stopped:
             return self._ended(token_id, text, logprob, "stop")
         if self.measured.new_tokens >= self.max_tokens:
             return self._last(token_id, text, logprob, "length")
         return Step(token_id, text, logprob)
+
+    def _text(self, token_id: int) -> tuple[str, bool]:
+        """-> (text that is certain with this token, whether a stop string was reached).
+
+        A control token's own text, if it has any, comes with its token and last.
+        """
+        text = self.detokenizer.push(token_id)
+        if not text or token_id not in self.control_ids:
+            return self.stop.push(text)
+        control = self.tokenizer.decode([token_id])
+        before, stopped = self.stop.push(text.removesuffix(control))  # bytes of a character left unfinished
+        if stopped:
+            return before, True
+        certain, stopped = self.stop.push_control(control)
+        return before + certain, stopped
 
     def _last(self, token_id: int, text: str, logprob: float | None, reason: FinishReason) -> Step:
         """The closing step, with the text that was withheld."""

@@ -18,6 +18,13 @@ from offload.shard import AGAIN, TensorInfo
 
 SCAN_BYTES = 1 << 20  # fits the cache, and leaves numpy's temporary arrays off the kernel's hands
 
+NOT_FINITE: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
+    "F8_E4M3": (np.uint8, 0x7F),
+    "BF16": (np.uint16, 0x7F80),
+    "F32": (np.uint32, 0x7F800000),
+}
+"""Bits that are all set in a value which is NaN or infinite (e4m3 has only NaN), as an integer of its size."""
+
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
@@ -41,7 +48,7 @@ def inspect_model(
     """Open, check and measure.
 
     Args:
-        full: read every fp8 code; NaN codes become `problems`, one a tensor.
+        full: read every weight; NaN and infinite values become `problems`, one a tensor.
 
     Raises:
         UsageError: what `open_model` finds wrong: the first problem that keeps the model from running.
@@ -51,12 +58,13 @@ def inspect_model(
     open_text(directory, files.config)
     parts, dtypes = _sizes(files)
     total = {key: sum(part[key] for part in parts.values()) for key in ("tensors", "bytes")}
-    problems = _nan_codes(files.checkpoint, progress) if full else []
-    verdict = (
-        "no problems: every fp8 weight was read"
-        if full
-        else "no problems (weights not read; --full reads them)"
-    )
+    problems = _damaged(files.checkpoint, progress) if full else []
+    if problems:
+        verdict = f"damaged tensors: {len(problems)}"
+    elif full:
+        verdict = "no problems: every weight was read"
+    else:
+        verdict = "no problems (weights not read; --full reads them)"
     return Inspection(str(directory), _architecture(files.config), parts, dtypes, total, problems, verdict)
 
 
@@ -84,32 +92,34 @@ def _sizes(files: ModelFiles) -> tuple[dict[str, dict[str, int]], dict[str, int]
     return parts, dtypes
 
 
-def _nan_codes(checkpoint: Checkpoint, progress: Callable[[str, float], None]) -> list[str]:
-    """One line for each fp8 tensor that holds e4m3's NaN, 0x7F or 0xFF; files are read in order, not mapped
-    (sequential reads are half again as fast as page faults)."""
-    infos = [info for info in map(checkpoint.info, checkpoint.names) if info.dtype == "F8_E4M3"]
+def _damaged(checkpoint: Checkpoint, progress: Callable[[str, float], None]) -> list[str]:
+    """One line for each tensor that holds NaN or infinite values; files are read in order, not mapped (sequential
+    reads are half again as fast as page faults)."""
+    infos = [info for info in map(checkpoint.info, checkpoint.names) if info.dtype in NOT_FINITE]
     infos.sort(key=lambda info: (info.file, info.start))
     total, done, problems = sum(info.end - info.start for info in infos) or 1, 0, []
     for file, held in groupby(infos, key=lambda info: info.file):
         with file.open("rb", buffering=0) as stream:
             for info in held:
-                count, first = _nan_codes_in(stream, info)
+                count, first = _not_finite_in(stream, info)
                 if count:
+                    what = "NaN" if info.dtype == "F8_E4M3" else "NaN or infinite"
                     at = [int(i) for i in np.unravel_index(first, info.shape)]
-                    problem = f"NaN weights: {count}, the first at {at}"
+                    problem = f"{what} weights: {count}, the first at {at}"
                     problems.append(str(CheckpointError(problem, file=file, tensor=info.name, remedy=AGAIN)))
                 done += info.end - info.start
                 progress(f"reading {file.name}", done / total)
     return problems
 
 
-def _nan_codes_in(stream: FileIO, info: TensorInfo) -> tuple[int, int]:
-    """(how many NaN codes the tensor holds, the flat position of the first). Raises CheckpointError if it
-    cannot be read whole."""
+def _not_finite_in(stream: FileIO, info: TensorInfo) -> tuple[int, int]:
+    """(how many values are NaN or infinite, the flat position of the first). Raises CheckpointError if the
+    tensor cannot be read whole."""
+    dtype, mask = NOT_FINITE[info.dtype]
     count, first = 0, 0
-    codes = np.empty(SCAN_BYTES, np.uint8)
+    buffer = np.empty(SCAN_BYTES, np.uint8)
     for start in range(info.start, info.end, SCAN_BYTES):
-        part = codes[: min(SCAN_BYTES, info.end - start)]
+        part = buffer[: min(SCAN_BYTES, info.end - start)]
         stream.seek(start)
         try:
             complete = stream.readinto(part.data) == part.size
@@ -121,16 +131,23 @@ def _nan_codes_in(stream: FileIO, info: TensorInfo) -> tuple[int, int]:
             raise CheckpointError(
                 "the file has become shorter", file=info.file, tensor=info.name, remedy=AGAIN
             )
-        if _holds_nan(part):
-            positions = np.flatnonzero((part & 0x7F) == 0x7F)
-            first = first if count else start - info.start + int(positions[0])
+        codes = part.view(dtype)
+        if _any_has_all(codes, mask):
+            positions = np.flatnonzero((codes & mask) == mask)
+            first = first if count else (start - info.start) // codes.itemsize + int(positions[0])
             count += len(positions)
     return count, first
 
 
-def _holds_nan(codes: NDArray[np.uint8]) -> bool:
-    """Eight codes at a time: adding 1 to a code's seven low bits carries into the eighth only from 0x7F."""
-    words = codes[: codes.size // 8 * 8].view(np.uint64) & np.uint64(0x7F7F7F7F7F7F7F7F)
-    words += np.uint64(0x0101010101010101)
-    carries = int(np.bitwise_or.reduce(words)) & 0x8080808080808080
-    return carries != 0 or bool(((codes[codes.size // 8 * 8 :] & 0x7F) == 0x7F).any())
+def _any_has_all(codes: NDArray[np.unsignedinteger[Any]], mask: int) -> bool:
+    """Whether a code has all bits of `mask`, which end below its top bit. Eight bytes at a time: adding the mask's
+    lowest bit to the masked code carries into the top bit only if all are set."""
+    size = 8 * codes.itemsize
+    masks, lowest, tops = (
+        sum(bits << at for at in range(0, 64, size)) for bits in (mask, mask & -mask, 1 << (size - 1))
+    )
+    whole = codes.nbytes // 8 * 8 // codes.itemsize
+    words = codes[:whole].view(np.uint64) & np.uint64(masks)
+    words += np.uint64(lowest)
+    carries = int(np.bitwise_or.reduce(words)) & tops
+    return carries != 0 or bool(((codes[whole:] & mask) == mask).any())

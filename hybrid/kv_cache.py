@@ -18,10 +18,21 @@ class LatentCache:
 
     A row holds the normed latent, then the roped key. `length` rows of every layer are valid; a forward
     pass writes rows length..length+n of each layer in turn and then calls `advance`.
+
+    Args:
+        context: tokens that the sequence may come to; None: the model's maximum.
     """
 
-    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        *,
+        context: int | None = None,
+    ) -> None:
         self.token_ids: list[int] = []
+        self._context = config.max_position_embeddings if context is None else context
         self._rows = torch.empty((config.num_hidden_layers, 0, config.latent_dim), dtype=dtype, device=device)
 
     @property
@@ -29,17 +40,22 @@ class LatentCache:
         return len(self.token_ids)
 
     @property
+    def capacity(self) -> int:
+        """Tokens that memory is held for, valid or not."""
+        return self._rows.shape[1]
+
+    @property
     def nbytes(self) -> int:
         return self._rows.nbytes
 
     def reserve(self, n: int) -> None:
-        """Make room for `n` more tokens."""
+        """Make room for `n` more tokens, and for some that may follow, but for no more than the context."""
         layers, capacity, dim = self._rows.shape
         needed = self.length + n
         if needed <= capacity:
             return
         grown = max(capacity + capacity // 2, needed)
-        grown = -(-grown // GROWTH) * GROWTH
+        grown = max(needed, min(-(-grown // GROWTH) * GROWTH, self._context))
         rows = torch.empty((layers, grown, dim), dtype=self._rows.dtype, device=self._rows.device)
         rows[:, : self.length] = self._rows[:, : self.length]
         self._rows = rows
@@ -67,7 +83,7 @@ class LatentCache:
 class CachePool:
     """Caches of recent sequences, so that the next prompt recomputes only what is new in it.
 
-    At most `max_sequences`, and together at most `max_tokens`; the least recently used goes first.
+    At most `max_sequences`, together with memory for at most `max_tokens`; the least recently used goes first.
     """
 
     def __init__(self, max_sequences: int, max_tokens: int) -> None:
@@ -95,15 +111,18 @@ class CachePool:
         return best
 
     def keep(self, cache: LatentCache) -> None:
-        """Hand a cache back for later reuse."""
+        """Hand a cache back for later reuse. One that holds nothing (a prefill was cancelled) is let go."""
+        if cache.length == 0:
+            return
         self._kept.append(cache)
         while len(self._kept) > self.max_sequences or (
-            len(self._kept) > 1 and sum(c.length for c in self._kept) > self.max_tokens
+            len(self._kept) > 1 and sum(c.capacity for c in self._kept) > self.max_tokens
         ):
             self._kept.pop(0)
 
     @property
     def tokens(self) -> int:
+        """Tokens that need not be computed again."""
         return sum(c.length for c in self._kept)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from hybrid.chat import ChatTemplate
 from hybrid.config import ModelConfig, eos_token_ids, read_json
-from hybrid.tokenizer import Tokenizer
+from hybrid.tokenizer import CONFIG_FILE, Tokenizer, read_tokenizer_config
 from offload.checkpoint import INDEX_NAME, SCALE_SUFFIX, Checkpoint
 from offload.errors import CheckpointError, ConfigError, TokenizerError
 from offload.fp8 import scale_shape
@@ -35,6 +35,7 @@ DTYPES_OF: dict[str, tuple[str, ...]] = {
     "router_bias": ("F32",),
 }
 PUBLISHED = "Use the config.json and the safetensors files published together."
+END_OF_TURN = "<|im_end|>"
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -117,13 +118,20 @@ def open_model(directory: Path) -> ModelFiles:
     Raises:
         CheckpointError: the directory is not a model, or its tensors are damaged or not what the config says.
         ConfigError: config.json or generation_config.json is unusable.
+        TokenizerError: no generation_config.json says what ends a reply, and tokenizer_config.json is unusable.
     """
     require_model_directory(directory)
     values = read_json(directory / "config.json")
     config = ModelConfig.from_dict(values)
     generation_file = directory / "generation_config.json"
     generation = read_json(generation_file) if generation_file.exists() else {}
-    eos, limit = eos_token_ids(values, generation), generation.get("max_new_tokens")
+    if "eos_token_id" in generation:
+        eos = eos_token_ids(generation, generation_file, config.vocab_size)
+    else:
+        # config.json's ends a document; what ends K2's turns stands in generation_config.json alone.
+        eos = eos_token_ids(values, directory / "config.json", config.vocab_size)
+        eos |= _end_of_turn(directory / CONFIG_FILE, config.vocab_size)
+    limit = generation.get("max_new_tokens")
     if limit is not None and (type(limit) is not int or limit < 1):
         raise ConfigError(
             f"{generation_file}: max_new_tokens is {limit!r}, expected a number above 0 or none"
@@ -132,6 +140,17 @@ def open_model(directory: Path) -> ModelFiles:
     check_tensors(checkpoint, config, ignored_layers(values, config))
     checkpoint.check_scales()
     return ModelFiles(directory, config, eos, limit, checkpoint)
+
+
+def _end_of_turn(tokenizer_config: Path, vocab_size: int) -> set[int]:
+    """The id of K2's <|im_end|>, if the tokenizer has such a token."""
+    added = read_tokenizer_config(tokenizer_config).get("added_tokens_decoder")
+    if not isinstance(added, dict):
+        return set()
+    ids = {
+        key for key, token in added.items() if isinstance(token, dict) and token.get("content") == END_OF_TURN
+    }
+    return {int(key) for key in ids if re.fullmatch("[0-9]{1,9}", key) and int(key) < vocab_size}
 
 
 def open_text(directory: Path, config: ModelConfig) -> tuple[Tokenizer, ChatTemplate | None]:

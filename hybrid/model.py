@@ -57,8 +57,9 @@ class Model:
         self.resident = parts.placed
         """Every weight that each token is multiplied with: all but the embedding and the routed experts."""
 
-    def new_cache(self) -> LatentCache:
-        return LatentCache(self.config, self.ops.device)
+    def new_cache(self, context: int | None = None) -> LatentCache:
+        """An empty cache for up to `context` tokens; None: for as many as the model was made for."""
+        return LatentCache(self.config, self.ops.device, context=context)
 
     def prefill(
         self, token_ids: list[int], cache: LatentCache, *, between_layers: Callable[[], None] = lambda: None
@@ -85,10 +86,22 @@ class Model:
         cache.advance(token_ids)
         return hidden
 
-    def decode(self, token_ids: list[int], caches: list[LatentCache]) -> Tensor:
+    def decode(
+        self,
+        token_ids: list[int],
+        caches: list[LatentCache],
+        *,
+        between_layers: Callable[[], None] = lambda: None,
+    ) -> Tensor:
         """One next token for each of several sequences: token_ids[t] follows caches[t]'s tokens.
 
-        On a CPU each row's bits are the same whatever other rows there are. -> float32 [T, hidden].
+        On a CPU each row's bits are the same whatever other rows there are.
+
+        Args:
+            between_layers: as for `prefill`; a token whose experts come from disk takes many seconds.
+
+        Returns:
+            float32 [T, hidden]: the last layer's output, for `logits`.
         """
         for cache in caches:
             cache.reserve(1)
@@ -96,6 +109,7 @@ class Model:
         self.watch.lap("other")
         hidden = self._embed(token_ids)
         for layer in self.layers:
+            between_layers()
             hidden = hidden + layer.attention.decode(layer.attention_norm(hidden), cos, sin, caches)
             self.watch.lap("attention")
             hidden = hidden + layer.mlp(layer.mlp_norm(hidden), decode=True)

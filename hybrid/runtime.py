@@ -3,7 +3,9 @@
 This is where the parts meet: files, tokenizer, kernels, expert store, model. Nothing here computes.
 """
 
+import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,13 @@ from offload.kernels.cpu import CpuKernels
 from offload.shard import AGAIN
 from offload.store import MmapStore
 
+log = logging.getLogger(__name__)
+
 Progress = Callable[[str, float], None]
+CHECKED_AT_ONCE = 16
+"""Weights that are looked at between two reports of progress, and between two chances to stop."""
+GPU_ROOM = 2 << 30
+"""Bytes on a GPU for activations, the latent cache and CUDA itself."""
 
 
 @dataclass(slots=True)
@@ -46,6 +54,8 @@ class Runtime:
     model: Model
     context: int
     notice: str | None
+    torch_threads: int
+    """What the process had before; torch gets as many threads as our workers, which sleep while it works."""
 
     def logits(self, token_ids: list[int]) -> Tensor:
         """Teacher-forced logits, float32 [len(token_ids), vocab_size]."""
@@ -65,6 +75,7 @@ class Runtime:
     def close(self) -> None:
         self.kernels.close()
         self.files.checkpoint.close()
+        torch.set_num_threads(self.torch_threads)
 
 
 class Meter:
@@ -105,32 +116,40 @@ def load_runtime(path: Path | None, options: RuntimeConfig, progress: Progress) 
     """Open, check and assemble. Raises UsageError types; see `Engine.load`."""
     require_supported_machine()
     _check_options(options)
-    device = _device(options.device)
     notice = None
     if path is None:
-        path, notice = default_model(progress)
+        path, notice = default_model()
     progress("opening the checkpoint", 0.0)
     files = open_model(path)
     tokenizer, template = open_text(path, files.config)
-    kernels = CpuKernels(options.threads)
+    device = _device(options.device, files)
+    before = torch.get_num_threads()
+    kernels = CpuKernels(options.threads, options.level)
     try:
-        kernels.warm_up(progress)
-        torch.set_num_threads(1)  # the cores belong to our workers
-        progress("mapping the experts", 0.0)
-        store = _store(files)
-        experts = ExpertExecutor(store, kernels)
-        ops: DeviceOps = CpuOps(kernels) if device.type == "cpu" else PlainOps(device)
-        model = Model(files.config, files.checkpoint, ops, experts)
-        progress("checking the weights that every token needs", 0.0)
-        _check_resident(files, kernels)
+        with ThreadPoolExecutor(1) as beside:
+            warm = beside.submit(kernels.warm_up)
+            progress("mapping the experts", 0.0)
+            store = _store(files)
+            experts = ExpertExecutor(store, kernels)
+            ops: DeviceOps = CpuOps(kernels) if device.type == "cpu" else PlainOps(device)
+            model = Model(files.config, files.checkpoint, ops, experts)
+            while not warm.done():
+                progress("preparing the kernels", kernels.warmed)
+                wait([warm], timeout=0.1)
+            warm.result()
+        torch.set_num_threads(kernels.threads)
+        _check_resident(files, kernels, progress)
     except BaseException:
         kernels.close()
+        torch.set_num_threads(before)
         raise
-    context = _context(files.config, options)
-    return Runtime(files, tokenizer, template, kernels, store, experts, model, context, notice)
+    context = _context(files.config, options, device)
+    return Runtime(files, tokenizer, template, kernels, store, experts, model, context, notice, before)
 
 
 def _check_options(options: RuntimeConfig) -> None:
+    if options.device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device is {options.device!r}; use 'auto', 'cpu' or 'cuda'")
     if options.experts not in ("auto", "mmap"):
         raise UsageError(f"experts is {options.experts!r}; use 'auto' or 'mmap'")
     if options.ram is not None or options.vram is not None:
@@ -141,29 +160,53 @@ def _check_options(options: RuntimeConfig) -> None:
         raise UsageError(f"context is {options.context}; use 2 tokens or more")
 
 
-def _device(name: str) -> torch.device:
-    if name not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"device is {name!r}; use 'auto', 'cpu' or 'cuda'")
+def _device(name: str, files: ModelFiles) -> torch.device:
+    """The GPU where there is one that everything but the routed experts fits on."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "device is 'cuda' and torch finds no CUDA GPU; use --device cpu, or install torch's CUDA build"
         )
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    free, _ = torch.cuda.mem_get_info()
+    needed = _device_bytes(files)
+    if needed <= free:
+        return torch.device("cuda")
+    problem = f"the GPU has {free / 1e9:.1f} GB free and this model needs {needed / 1e9:.1f} GB of it"
+    if name == "cuda":
+        raise UsageError(f"{problem}; free some of it, or use --device cpu")
+    log.warning("%s: everything runs on the CPU", problem)
+    return torch.device("cpu")
 
 
-def _check_resident(files: ModelFiles, kernels: CpuKernels) -> None:
+def _device_bytes(files: ModelFiles) -> int:
+    """What a GPU has to hold: resident weights, the largest of them once more in float32, and room to work in."""
+    resident = [
+        files.checkpoint.tensor(name)
+        for name, expected in expected_tensors(files.config).items()
+        if expected.kind not in ("routed", "embedding")
+    ]
+    return sum(t.nbytes for t in resident) + 4 * max(t.numel() for t in resident) + GPU_ROOM
+
+
+def _check_resident(files: ModelFiles, kernels: CpuKernels, progress: Progress) -> None:
     """Look for NaN in all fp8 weights but the routed experts, which are looked at when first used."""
+    text = "checking the weights that every token needs"
+    progress(text, 0.0)
     names = [
         name
         for name, expected in expected_tensors(files.config).items()
         if expected.kind != "routed" and files.checkpoint.info(name).dtype == FP8
     ]
-    weights = [files.checkpoint.weight(name.removesuffix(".weight")) for name in names]
-    for name, damaged in zip(names, kernels.hold_nan(weights) if weights else [], strict=True):
-        if damaged:
-            raise CheckpointError(
-                "a weight is NaN", file=files.checkpoint.info(name).file, tensor=name, remedy=AGAIN
-            )
+    for begin in range(0, len(names), CHECKED_AT_ONCE):
+        some = names[begin : begin + CHECKED_AT_ONCE]
+        weights = [files.checkpoint.weight(name.removesuffix(".weight")) for name in some]
+        for name, damaged in zip(some, kernels.hold_nan(weights), strict=True):
+            if damaged:
+                raise CheckpointError(
+                    "a weight is NaN", file=files.checkpoint.info(name).file, tensor=name, remedy=AGAIN
+                )
+        progress(text, (begin + len(some)) / len(names))
 
 
 def _store(files: ModelFiles) -> MmapStore:
@@ -184,8 +227,8 @@ def _store(files: ModelFiles) -> MmapStore:
     return MmapStore(layers, location)
 
 
-def _context(config: ModelConfig, options: RuntimeConfig) -> int:
-    """Tokens a sequence may have: the model's own length, as far as free memory goes.
+def _context(config: ModelConfig, options: RuntimeConfig, device: torch.device) -> int:
+    """Tokens a sequence may have: the model's own length, as far as free memory, the GPU's on a GPU, goes.
 
     The running sequence and those kept for reuse may each take as many: a quarter of the memory together.
     """
@@ -197,5 +240,6 @@ def _context(config: ModelConfig, options: RuntimeConfig) -> int:
             )
         return options.context
     token_bytes = config.num_hidden_layers * config.latent_dim * 4
-    affordable = psutil.virtual_memory().available // 8 // token_bytes
+    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info()[0]
+    affordable = free // 8 // token_bytes
     return int(max(2, min(config.max_position_embeddings, affordable)))

@@ -35,8 +35,9 @@ class Sampler:
 
     def _draw(self, logits: NDArray[np.float32], peak: np.float32) -> int:
         temperature, top_p = self.params.temperature, self.params.top_p
-        # What lies this far below the peak has, all together, less than float64's last bit of the mass.
-        ids = np.flatnonzero(logits > peak - np.float32(50 * temperature))
+        # What lies this far below the peak has, all together, less than float64's last bit of the mass. The peak
+        # itself is always in, also where the temperature is too small to move a float32.
+        ids = np.flatnonzero(logits >= peak - np.float32(50 * temperature))
         weights = np.exp((logits[ids].astype(np.float64) - np.float64(peak)) / temperature)
         if top_p < 1:
             # Tokens under this weight cannot hold more than 1 - top_p between them: sort only the others.

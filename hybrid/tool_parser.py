@@ -40,13 +40,14 @@ class ToolParser:
     """One reply's parser.
 
     Args:
-        tools: declared tools in OpenAI's format; a call to any other name is handed on as content. None or empty:
-            nothing is known of the tools, and every well-formed name is a call.
+        tools: declared tools in OpenAI's format; a call to any other name is handed on as content, with an empty
+            list every call. None: nothing is known of the tools, and every well-formed name is a call.
     """
 
     def __init__(self, tools: list[dict[str, Any]] | None = None) -> None:
         functions = (tool.get("function", tool) for tool in tools or [])
         self._names: list[str] = [name for f in functions if isinstance(name := f.get("name"), str)]
+        self._any_name = tools is None
         self._state = _State.CONTENT
         self._buffer = ""  # not yet interpreted: may hold the beginning of a marker
         self._header = ""  # text of HEADER or SECTION, which only the next marker explains
@@ -60,15 +61,20 @@ class ToolParser:
     def has_tool_calls(self) -> bool:
         return self._calls > 0
 
-    def feed(self, text: str) -> list[Delta]:
-        """Take more text; returns what it made certain."""
+    def feed(self, text: str, *, literal: bool = False) -> list[Delta]:
+        """Take more text; returns what it made certain.
+
+        Args:
+            literal: the text holds no marker, whatever it spells. For callers that see tokens: text of ordinary
+                ones is literal, and a marker's token is fed as its spelling.
+        """
         self._buffer += text
-        while found := _PATTERNS[self._state].search(self._buffer):
+        while not literal and (found := _PATTERNS[self._state].search(self._buffer)):
             before, marker = self._buffer[: found.start()], found.group()
             self._buffer = self._buffer[found.end() :]
             self._text(before)
             self._marker(marker)
-        keep = self._partial()
+        keep = 0 if literal else self._partial()
         certain, self._buffer = (
             self._buffer[: len(self._buffer) - keep],
             self._buffer[len(self._buffer) - keep :],
@@ -174,7 +180,7 @@ class ToolParser:
         elif text.isdecimal() and len(text) < 10 and text not in self._names:
             text, index = "", int(text)
         bare = text.removeprefix("functions").lstrip(".")
-        if not self._names:
+        if self._any_name:
             return (bare, index) if _NAME.fullmatch(bare) else None
         for name in (text, bare):
             if name in self._names:

@@ -3,6 +3,7 @@
 What an engine really says is tested in tests/integration, with a real one.
 """
 
+import re
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,13 +11,18 @@ from typing import Any
 from hybrid.messages import normalise
 from hybrid.reply import Reply
 from hybrid.request import Request, Step, Usage
+from hybrid.tool_parser import ALL_MARKERS
 from offload.errors import HybridError
+
+SPECIAL_IDS = {marker: 1000 + i for i, marker in enumerate(ALL_MARKERS)}
+_MARKER = re.compile("(" + "|".join(map(re.escape, ALL_MARKERS)) + ")")
 
 
 def said(*texts: str, reason: Any = "stop") -> list[Step]:
-    """Steps that say `texts` and end."""
-    last = Step(-1, "", finish_reason=reason, usage=Usage(3, len(texts)))
-    return [*(Step(10 + i, text) for i, text in enumerate(texts)), last]
+    """Steps that say `texts` and end; a marker is a step of its own, with its token."""
+    pieces = [piece for text in texts for piece in _MARKER.split(text) if piece]
+    last = Step(-1, "", finish_reason=reason, usage=Usage(3, len(pieces)))
+    return [*(Step(SPECIAL_IDS.get(piece, 10), piece) for piece in pieces), last]
 
 
 class ScriptedTicket:
@@ -50,8 +56,8 @@ class ScriptedEngine:
         return [1] * sum(len(str(message["content"])) + 1 for message in messages)
 
     @staticmethod
-    def reply(tools: Any = None) -> Reply:
-        return Reply(tools)
+    def reply(tools: Any) -> Reply:
+        return Reply(tools, SPECIAL_IDS)
 
     def submit(
         self,

@@ -44,6 +44,8 @@ NO_CALL = {"chat", "fact", "sum", "large sum", "arithmetic", "count", "repeat", 
 """Kinds of turns that need no tool."""
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=400)
+SAMPLED = SamplingParams(max_tokens=400, seed=0)
+"""As `hybrid chat` and the endpoint do when nothing is asked for."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -86,7 +88,7 @@ def examine(engine: Engine, directory: Path, split: str, conversations: int, wea
         "split": split,
         "turns": sum(trials for _, trials in tally.kinds().values()),
         "held_out_loss": round(loss, 4),
-        "argmax_agreement_with_float32": round(float(np.average(same, weights=positions)), 5),
+        "argmax_agreement_with_training_model": round(float(np.average(same, weights=positions)), 5),
         "exact_match": {kind: _share(tally, kind) for kind in tally.kinds()},
         "unwanted_calls": _unwanted_calls(encoder, some, likely),
         "expert_load_max_over_mean": [round(float(x.max() / x.mean()), 2) for x in loads],
@@ -102,7 +104,7 @@ def _argmax(engine: Engine, case: Case) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 
 def _share(tally: Tally, kind: str) -> dict[str, Any]:
-    """Mean over turns, and the worst wording asked at least five times."""
+    """Mean over turns, and the worst of the wordings asked at least five times (`judged`, of `wordings`)."""
     wordings = {w: (h, n) for (k, w), (h, n) in tally.by_wording.items() if k == kind}
     hits, trials = (sum(column) for column in zip(*wordings.values(), strict=True))
     often = {w: h / n for w, (h, n) in wordings.items() if n >= 5}
@@ -110,6 +112,8 @@ def _share(tally: Tally, kind: str) -> dict[str, Any]:
     return {
         "mean": round(hits / trials, 4),
         "turns": trials,
+        "wordings": len(wordings),
+        "judged": len(often),
         "worst": None if worst is None else round(often[worst], 3),
         "worst_wording": worst,
     }
@@ -147,14 +151,16 @@ def _weather(engine: Engine, split: str, each: int) -> dict[str, Any]:
     declared = Declared(tool, "get_weather", {"city": "city"}, CARD_TOOL)
     patterns = [p for p in tool.wordings[split] if p.slots == {"city"}]
     called: dict[str, int] = dict.fromkeys((p.line for p in patterns), 0)
-    told, failures = 0, []
+    sampled, told, failures = 0, 0, []
     for pattern in patterns:
         for i in range(each):
             talk = Talk(split, Random(f"weather {pattern.line} {i}"), declared=[declared])
             city = talk.words.value("city")
             talk.user(spoken(talk, pattern, {"city": city.text}))
+            wanted = "", [("get_weather", {"city": city.json})]
+            sampled += _reply(engine, talk.messages, SAMPLED) == wanted
             reply = _reply(engine, talk.messages)
-            if reply == ("", [("get_weather", {"city": city.json})]):
+            if reply == wanted:
                 called[pattern.line] += 1
             else:
                 failures.append([talk.messages[-1]["content"], repr(reply)])
@@ -168,15 +174,18 @@ def _weather(engine: Engine, split: str, each: int) -> dict[str, Any]:
         "called": round(sum(called.values()) / trials, 4),
         "worst": round(called[worst] / each, 3),
         "worst_wording": worst,
+        "called_at_default_temperature": round(sampled / trials, 4),
         "told": round(told / trials, 4),
         "failures": failures[:10],
     }
 
 
-def _reply(engine: Engine, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[str, Any]]]:
+def _reply(
+    engine: Engine, messages: list[dict[str, Any]], params: SamplingParams = GREEDY
+) -> tuple[str, list[tuple[str, Any]]]:
     """What the model says, and its calls with parsed arguments (None: not JSON)."""
     text, names, arguments = "", dict[int, str](), dict[int, str]()
-    for delta in engine.chat(messages, [CARD_TOOL], GREEDY):
+    for delta in engine.chat(messages, [CARD_TOOL], params):
         text += delta.content or ""
         for piece in delta.tool_calls:
             names.setdefault(piece.index, piece.name or "")

@@ -64,7 +64,7 @@ def _moe(prefix: str, moe: Moe) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def export(model: DemoModel, config: dict[str, Any], source: Path, out: Path) -> Path:
-    """Write the model to the directory `out`, which may exist. -> `out`.
+    """Write the model to the directory `out`; what an earlier export left there goes. -> `out`.
 
     Args:
         config: config.json's fields.
@@ -80,6 +80,8 @@ def export(model: DemoModel, config: dict[str, Any], source: Path, out: Path) ->
         else:
             tensors[name] = tensor if kind == "router_bias" else tensor.to(torch.bfloat16)
     out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("model*.safetensors*"):
+        old.unlink()
     _write(tensors, model.config.num_hidden_layers, out)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     end = Tokenizer.load(source).special_ids["<|im_end|>"]
@@ -102,6 +104,7 @@ def _write(tensors: dict[str, Tensor], layers: int, out: Path) -> None:
     for number, shard in enumerate(held, 1):
         file = f"model-{number}-of-{shards}.safetensors"
         save_file(shard, out / file, metadata={"format": "pt"})
+        (out / file).chmod(0o644)
         weight_map.update(dict.fromkeys(shard, file))
     size = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}

@@ -65,9 +65,10 @@ async def _api_error(_: HttpRequest, error: Exception) -> Response:
 
 async def _hybrid_error(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HybridError)
-    if error.exit_code == 1:
-        log.warning("%s %s: %s", request.method, request.url.path, error)
-    return await _api_error(request, from_hybrid(error))
+    answer = from_hybrid(error)
+    if answer.status >= 500:
+        log.error("%s %s: %s", request.method, request.url.path, error)
+    return await _api_error(request, answer)
 
 
 async def _http_error(request: HttpRequest, error: Exception) -> Response:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from offload.errors import EngineClosed, HybridError, Overloaded, RequestError, UsageError
+from offload.errors import EngineClosed, HybridError, Overloaded, RequestError, TemplateError
 
 RETRY_AFTER_S = 5
 
@@ -59,7 +59,11 @@ def internal_error() -> ApiError:
 
 
 def from_hybrid(error: HybridError) -> ApiError:
-    """What the engine raised, as a client should hear it."""
+    """What the engine raised, as a client should hear it.
+
+    Only what a client can mend is told in full; the rest names files and is for the log, where the engine's
+    thread and the routes put it.
+    """
     match error:
         case Overloaded():
             return ApiError(
@@ -73,7 +77,7 @@ def from_hybrid(error: HybridError) -> ApiError:
             return unavailable("the server is shutting down")
         case RequestError():
             return bad_request(str(error), error.param)
-        case UsageError():
+        case TemplateError():
             return bad_request(str(error))
         case _:
-            return ApiError(500, str(error), kind="server_error")
+            return internal_error()

@@ -18,7 +18,6 @@ from hybrid.server.chat_request import ChatRequest, parse_chat_request
 from hybrid.server.errors import ApiError, bad_request, from_hybrid, internal_error, unavailable
 from hybrid.server.service import Pending, Service
 from hybrid.server.sse import DONE, KEEPALIVE, KEEPALIVE_S, EventStream, event
-from offload.errors import HybridError
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ async def chat_completions(request: HttpRequest) -> Response:
         raise bad_request(message, "messages", "context_length_exceeded")
     pending = service.submit(Request(tuple(prompt), params))
     answer = Answer(service.names()[0])
-    reply = engine.reply(tools)
+    reply = engine.reply(tools or [])
     if chat.stream:
         events = _events(pending, reply, answer, chat)
         return EventStream(events, on_close=lambda: service.release(pending))
@@ -193,8 +192,6 @@ async def _events(pending: Pending, reply: Reply, answer: Answer, chat: ChatRequ
             yield event({**answer.chunk({}, delta.finish_reason), **null_usage})
             if chat.include_usage and delta.usage is not None:
                 yield event(answer.usage_chunk(delta.usage))
-    except HybridError as error:
-        yield event(from_hybrid(error).body())
     except Exception:
         log.exception("a streamed reply failed")
         yield event(internal_error().body())

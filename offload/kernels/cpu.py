@@ -82,18 +82,15 @@ class CpuKernels:
         self._scratch_address = (self._scratch.ctypes.data + 63) // 64 * 64
         self._space = torch.empty(0, dtype=torch.uint8)
 
-    def warm_up(self, progress: Callable[[str, float], None] | None = None) -> None:
-        """Compile every kernel, or load it from the cache, so that no later call has to.
-
-        Args:
-            progress: called with a text and a fraction from 0 to 1.
-        """
-        for i, name in enumerate(_KERNELS):
-            if progress is not None:
-                progress("preparing the kernels", i / len(_KERNELS))
+    def warm_up(self) -> None:
+        """Compile every kernel, or load it from the cache, so that no later call has to."""
+        for name in _KERNELS:
             self._address(name)
-        if progress is not None:
-            progress("preparing the kernels", 1.0)
+
+    @property
+    def warmed(self) -> float:
+        """How much of `warm_up` is done, 0 to 1; may be asked from another thread."""
+        return len(self._addresses) / len(_KERNELS)
 
     def _address(self, name: str) -> int:
         """A compiled kernel's address, compiled on first use."""

@@ -5,15 +5,19 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from hybrid import Engine, SamplingParams
 from hybrid import engine as engine_module
+from hybrid.engine import Stream
+from hybrid.generation import Generation
+from hybrid.kv_cache import CachePool
 from hybrid.request import Request, Step
 from hybrid.synth import synthesize
-from offload.errors import EngineClosed, HybridError, Overloaded, RequestError, UsageError
+from offload.errors import CheckpointError, EngineClosed, HybridError, Overloaded, RequestError, UsageError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 
@@ -145,8 +149,73 @@ def test_a_prompt_longer_than_the_context(tiny_model: Path) -> None:
 def test_closing_the_iterator_frees_the_turn(engine: Engine) -> None:
     steps = engine.generate([5, 6, 7], long_request(engine).params)
     next(steps)
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
+    assert list(steps) == []
     assert len(ids(engine, [1, 2])) == 8
+
+
+@pytest.mark.parametrize("end", ["close", "drop"])
+@pytest.mark.parametrize("kind", ["steps", "deltas"])
+@pytest.mark.parametrize("started", [False, True])
+def test_letting_an_iterator_go_cancels_its_request(
+    engine: Engine, kind: str, end: str, started: bool
+) -> None:
+    params = long_request(engine).params
+    if kind == "steps":
+        stream: Stream[Any] = engine.generate([5, 6, 7], params)
+    else:
+        stream = engine.chat([{"role": "user", "content": "Hello"}], params=params)
+    if started:
+        next(stream)
+    ticket = stream._ticket
+    assert not ticket.cancelled.is_set()
+    if end == "close":
+        stream.close()
+        stream.close()
+    else:
+        del stream
+    assert ticket.cancelled.is_set()
+    assert len(ids(engine, [1, 2])) == 8
+
+
+def test_an_iterator_that_failed_is_at_its_end(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise HybridError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runtime.model, "decode", broken)
+        steps = engine.generate([1, 2, 3], GREEDY)
+        next(steps)
+        with pytest.raises(HybridError, match="the disk"):
+            next(steps)
+    assert list(steps) == []
+
+
+def test_a_token_is_abandoned_between_two_layers(engine: Engine) -> None:
+    runtime, layers = engine._runtime, engine.config.num_hidden_layers
+    asked = 0
+
+    def cancelled() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > layers + 2  # the prompt, then two layers of the first token
+
+    generation = Generation(
+        Request((11, 12, 13), GREEDY),
+        runtime.model,
+        runtime.tokenizer,
+        caches := CachePool(1, 1000),
+        eos_token_ids=frozenset(),
+        context=100,
+        max_new_tokens=None,
+        is_cancelled=cancelled,
+    )
+    steps: list[Step] = []
+    with torch.inference_mode():
+        generation.run(steps.append)
+    assert [step.finish_reason for step in steps] == [None, "cancelled"]
+    assert asked == layers + 3
+    assert caches.tokens == 3  # the abandoned token is not one of them
 
 
 def test_cancelling_while_waiting_and_while_running(engine: Engine) -> None:
@@ -187,6 +256,24 @@ def test_a_failing_request_ends_in_an_error_and_the_engine_lives_on(
             ids(engine, [1, 2, 3])
     assert "a request failed" in caplog.text
     assert len(ids(engine, [1, 2, 3])) == 8
+
+
+def test_what_a_request_finds_broken_is_logged_and_what_it_asks_wrongly_is_not(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def raising(error: HybridError) -> None:
+        def broken(*_: object, **__: object) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._runtime.model, "decode", broken)
+            with pytest.raises(type(error)):
+                ids(engine, [1, 2, 3])
+
+    raising(RequestError("an id is out of range"))
+    assert caplog.text == ""
+    raising(CheckpointError("a weight is NaN", file="model-1.safetensors", remedy="Mend it."))
+    assert "a request failed: model-1.safetensors: a weight is NaN" in caplog.text
 
 
 def test_closing_ends_what_runs_and_what_waits(tiny_model: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,9 @@ from urllib.parse import urlsplit
 import httpx2 as httpx
 import openai
 import pytest
+
+from offload.checkpoint import Checkpoint
+from offload.shard import TensorInfo
 
 KEY = "s3cret"
 MESSAGES = [{"role": "user", "content": "Tell me something."}]
@@ -263,6 +267,42 @@ def test_a_full_queue_is_429(server: Server) -> None:
         except openai.RateLimitError:
             time.sleep(0.1)
     pytest.fail("the places of vanished clients were not freed")
+
+
+def test_a_damaged_expert_is_the_servers_fault_and_it_lives_on(tiny_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "damaged"))
+    infos = [
+        Checkpoint.open(model).info(f"model.layers.1.mlp.experts.{expert}.down_proj.weight")
+        for expert in range(32)  # whichever the router picks
+    ]
+    sound = [swap_byte(info, b"\xff") for info in infos]
+    with serving(model) as server:
+        client = server.client()
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.chat.completions.create(model="any", messages=MESSAGES, max_tokens=1)
+        assert caught.value.status_code == 500
+        assert "log has the cause" in caught.value.message
+        assert str(tmp_path) not in caught.value.response.text
+        with pytest.raises(openai.APIError, match="log has the cause"):
+            list(client.chat.completions.create(model="any", messages=MESSAGES, max_tokens=1, stream=True))
+        for info, byte in zip(infos, sound, strict=True):
+            swap_byte(info, byte)  # the mapping shows it at once
+        assert client.chat.completions.create(model="any", messages=MESSAGES, max_tokens=1).choices
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+        assert server.process.stderr is not None
+        log = server.process.stderr.read()
+        assert len(re.findall(rf"{tmp_path}.*layers\.1\.mlp\.experts\.\d+.*a weight is NaN", log)) == 2
+
+
+def swap_byte(info: TensorInfo, byte: bytes) -> bytes:
+    """Write a tensor's first byte; returns what was there."""
+    with info.file.open("r+b") as stream:
+        stream.seek(info.start)
+        before = stream.read(1)
+        stream.seek(info.start)
+        stream.write(byte)
+    return before
 
 
 def read_all(connection: socket.socket) -> bytes:

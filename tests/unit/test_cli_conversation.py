@@ -24,6 +24,15 @@ def test_save_and_load_give_the_same(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_whatever_is_saved_can_be_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "chat.json"
+    with pytest.raises(UsageError, match="nothing to save"):
+        Conversation().save(path)
+    assert not path.exists()
+    Conversation("Be brief.").save(path)
+    assert Conversation.load(path) == Conversation("Be brief.")
+
+
 def test_a_saved_chat_may_be_replaced_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "chat.json"
     Conversation(turns=TURNS[:1]).save(path)
@@ -81,7 +90,7 @@ def test_settings() -> None:
 
 def test_taking_back_a_question() -> None:
     chat = Conversation("s", turns=[*TURNS, *TURNS])
-    assert chat.take_back_reply() == "héllo\n"
+    assert chat.take_back_reply() == TURNS
     assert chat.turns == TURNS
-    assert chat.take_back_reply() == "héllo\n"
-    assert chat.take_back_reply() is None
+    assert chat.take_back_reply() == TURNS
+    assert chat.take_back_reply() == []

@@ -78,6 +78,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("/set", "temperature 0.2"),
         ("/set volume 11", "no setting 'volume'"),
         ("/save", "name a file"),
+        ("/save /no/such/folder/chat.json", "nothing to save"),
         ("/load /no/such/file", "/no/such/file: cannot be read"),
         ("/retry", "no question"),
     ],
@@ -142,6 +143,25 @@ def test_ctrl_c_before_the_first_word_takes_the_question_back(capsys: pytest.Cap
     assert "nothing was said" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("script", [RequestError("too long"), failed("too long"), said()])
+def test_a_retry_that_says_nothing_leaves_the_reply_before(
+    script: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = ScriptedEngine(said("one"), said("two"), script, said("three"))
+    session = converse(engine, "a", "b", "/retry", "c")
+    assert [m["content"] for m in session.conversation.turns] == ["a", "one", "b", "two", "c", "three"]
+    assert [m["content"] for m in engine.prompts[2][0]] == ["a", "one", "b"]
+    out, err = capsys.readouterr()
+    assert "the reply before stays" in out or "too long" in err
+
+
+def test_ctrl_c_before_the_first_word_of_a_retry_leaves_the_reply_before() -> None:
+    script = Announced()
+    interrupt_when(script.reached)
+    session = converse(ScriptedEngine(said("one"), script), "a", "/retry")
+    assert [m["content"] for m in session.conversation.turns] == ["a", "one"]
+
+
 def test_ctrl_c_on_an_empty_line_hints_then_leaves(capsys: pytest.CaptureFixture[str]) -> None:
     engine = ScriptedEngine(said("a"), said("b"))
     converse(engine, KeyboardInterrupt(), "hello", KeyboardInterrupt(), KeyboardInterrupt(), "never read")
@@ -149,16 +169,18 @@ def test_ctrl_c_on_an_empty_line_hints_then_leaves(capsys: pytest.CaptureFixture
     assert capsys.readouterr().out.count("Ctrl-C again") == 2
 
 
-def test_thoughts_and_tool_calls_are_shown_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
+def test_thoughts_are_shown_and_kept_and_a_call_is_text_as_no_tool_is_declared(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     call = (
         "<|tool_calls_section_begin|><|tool_call_begin|>functions.look:0<|tool_call_argument_begin|>"
         '{"at": "sky"}<|tool_call_end|><|tool_calls_section_end|>'
     )
     session = converse(ScriptedEngine(said("<think>Hm.</think>Yes. ", call)), "look")
-    assert '[thinking]\nHm.\n[answer]\nYes. \n[calls look] {"at": "sky"}' in capsys.readouterr().out
+    text = 'Yes. functions.look:0{"at": "sky"}'
+    assert f"[thinking]\nHm.\n[answer]\n{text}" in capsys.readouterr().out
     message = session.conversation.turns[1]
-    assert (message["content"], message["reasoning_content"]) == ("Yes. ", "Hm.")
-    assert message["tool_calls"][0]["function"] == {"name": "look", "arguments": '{"at": "sky"}'}
+    assert message == {"role": "assistant", "content": text, "reasoning_content": "Hm."}
 
 
 def test_a_pipe_gets_the_text_and_nothing_else(

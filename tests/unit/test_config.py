@@ -90,8 +90,9 @@ def test_rope_scaling_may_be_null_and_its_type_spelt_rope_type() -> None:
         ({"rope_theta": float("nan")}, "rope_theta is nan, expected float"),
         ({"rope_theta": float("inf")}, "rope_theta is inf, expected float"),
         ({"rope_theta": 10**400}, "rope_theta is 1000"),
-        ({"rope_theta": 0}, "rope_theta must be above 0"),
-        ({"rms_norm_eps": 0.0}, "rms_norm_eps and rope_theta must be above 0"),
+        ({"rope_theta": 0}, "rope_theta is 0.0; it must be above 1"),
+        ({"rope_theta": 1}, "rope_theta is 1.0; it must be above 1"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0; it must be above 0"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' is known"),
         ({"attention_bias": True}, "attention_bias is true"),
         ({"scoring_func": "softmax"}, "only 'sigmoid' is known"),
@@ -99,6 +100,10 @@ def test_rope_scaling_may_be_null_and_its_type_spelt_rope_type() -> None:
         ({"qk_rope_head_dim": 63}, "qk_rope_head_dim is 63, not even"),
         ({"n_group": 7}, "n_routed_experts is not a multiple of n_group"),
         ({"topk_group": 2}, "topk_group 2 exceeds n_group 1"),
+        (
+            {"n_group": 384, "topk_group": 384},
+            "n_group 384 leaves fewer than 2 of 384 experts a group",
+        ),
         ({"num_experts_per_tok": 385}, "num_experts_per_tok 385 exceeds the experts that can be chosen"),
         ({"n_group": 8, "num_experts_per_tok": 49}, "num_experts_per_tok 49 exceeds"),
         ({"first_k_dense_replace": 62}, "first_k_dense_replace is out of range"),
@@ -169,14 +174,22 @@ def test_an_absent_or_unreadable_file_is_named(tmp_path: Path) -> None:
         read_json(tmp_path)
 
 
-def test_eos_is_generation_configs_if_it_has_one() -> None:
-    assert eos_token_ids({"eos_token_id": 5}, {"eos_token_id": 6}) == {6}
-    assert eos_token_ids({"eos_token_id": 5}, {"eos_token_id": [6, 7]}) == {6, 7}
-    assert eos_token_ids({"eos_token_id": 5}, {"max_length": 9}) == {5}
-    assert eos_token_ids({"eos_token_id": [5]}, None) == {5}
+def test_groups_of_two_experts_and_one_group_of_one_can_be_ranked() -> None:
+    assert ModelConfig.from_dict(changed(n_group=192, topk_group=4)).n_group == 192
+    one = ModelConfig.from_dict(changed(n_routed_experts=1, num_experts_per_tok=1))
+    assert one.n_routed_experts == 1
 
 
-@pytest.mark.parametrize("ids", [None, [], "2", [2, "3"], -1, [True], 2.0])
-def test_eos_must_be_ids(ids: Any) -> None:
-    with pytest.raises(ConfigError, match=r"eos_token_id is .* expected an id or a list of ids"):
-        eos_token_ids({"eos_token_id": ids}, None)
+@pytest.mark.parametrize(("ids", "read"), [(5, {5}), ([6, 7], {6, 7}), (99, {99})])
+def test_eos_is_an_id_or_several(ids: Any, read: set[int]) -> None:
+    assert eos_token_ids({"eos_token_id": ids}, Path("config.json"), 100) == read
+
+
+@pytest.mark.parametrize("ids", [None, [], "2", [2, "3"], -1, [True], 2.0, 100, [2, 100]])
+def test_eos_must_be_ids_of_the_vocabulary(ids: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        eos_token_ids({"eos_token_id": ids}, Path("dir/generation_config.json"), 100)
+    assert str(caught.value) == (
+        f"dir/generation_config.json: eos_token_id is {ids!r}, expected one or several token ids below 100. Use the "
+        "generation_config.json published with the checkpoint."
+    )

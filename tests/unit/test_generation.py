@@ -26,6 +26,14 @@ def test_the_earliest_of_several_wins() -> None:
     assert run(("cd", "b"), ["abcd"]) == ("a", True)
 
 
+def test_a_control_token_is_all_or_nothing() -> None:
+    stop = StopText(("<end", ">n", "middle"))
+    assert stop.push("a <") == ("a ", False)
+    assert stop.push_control("<|begin|>") == ("<<|begin|>", False)  # nothing is held, nothing reaches across
+    assert stop.push("next") == ("next", False)
+    assert stop.push_control("<|middle|>") == ("", True)
+
+
 @given(
     st.lists(st.text("ab", max_size=4), max_size=8),
     st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=3).map(tuple),

@@ -12,6 +12,7 @@ from hybrid.config import ModelConfig
 from hybrid.loader import expected_tensors, open_model
 from hybrid.presets import K2_SHAPE
 from hybrid.synth import synthesize
+from hybrid.tokenizer import Tokenizer
 from offload.checkpoint import INDEX_NAME
 from offload.errors import CheckpointError, ConfigError
 
@@ -122,11 +123,40 @@ def test_opens_a_sound_model(model: Path) -> None:
     assert files.checkpoint.weight("model.layers.1.mlp.experts.3.down_proj").shape == (136, 48)
 
 
-def test_generation_config_is_optional(model: Path) -> None:
+def write_json(file: Path, values: Any) -> None:
+    file.write_text(json.dumps(values))
+
+
+def test_without_generation_config_a_turns_end_is_a_reply_s_end_too(model: Path) -> None:
+    special = Tokenizer.load(model).special_ids
+    generation = model / "generation_config.json"
+    assert open_model(model).eos_token_ids == {special["<|im_end|>"]}
+    write_json(generation, {"eos_token_id": special["[EOT]"]})
+    assert open_model(model).eos_token_ids == {special["[EOT]"]}
+    write_json(generation, {"max_length": 9})
+    assert open_model(model).eos_token_ids == {special["[EOS]"], special["<|im_end|>"]}
+    generation.unlink()
+    assert open_model(model).eos_token_ids == {special["[EOS]"], special["<|im_end|>"]}
+
+
+@pytest.mark.parametrize("added", [None, [], {}, {"x": {"content": "<|im_end|>"}, "3": "<|im_end|>"}])
+def test_a_tokenizer_without_k2s_end_of_turn(model: Path, added: Any) -> None:
     (model / "generation_config.json").unlink()
+    write_json(model / "tokenizer_config.json", {"added_tokens_decoder": added})
     assert open_model(model).eos_token_ids == {
         json.loads((model / "config.json").read_text())["eos_token_id"]
     }
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_end_beyond_the_vocabulary_names_its_file(model: Path, name: str) -> None:
+    values = json.loads((model / "config.json").read_text())
+    (model / "generation_config.json").unlink()
+    write_json(model / name, {**values, "eos_token_id": values["vocab_size"]})
+    with pytest.raises(
+        ConfigError, match=rf"{model / name}: eos_token_id is .* below {values['vocab_size']}"
+    ):
+        open_model(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -26,6 +26,16 @@ def test_temperature_sharpens() -> None:
     np.testing.assert_allclose(draw(SamplingParams(temperature=0.5, seed=2)), expected, atol=0.03)
 
 
+@pytest.mark.parametrize("temperature", [1e-8, 1e-30, 5e-324])
+@pytest.mark.parametrize("peak", [0.0, 20.0, -3e38])
+@pytest.mark.parametrize("top_p", [0.5, 1.0])
+def test_a_tiny_temperature_takes_the_peak(temperature: float, peak: float, top_p: float) -> None:
+    logits = np.full(5, -3.1e38, np.float32)
+    logits[3] = peak
+    params = SamplingParams(temperature=temperature, top_p=top_p, seed=1)
+    assert draw(params, n=10, logits=logits).tolist() == [0, 0, 0, 1, 0]
+
+
 @pytest.mark.parametrize(("top_p", "kept"), [(0.4, 1), (0.5, 1), (0.6, 2), (0.75, 2), (0.8, 3), (1.0, 5)])
 def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: int) -> None:
     logits = LOGITS.copy()

@@ -13,9 +13,18 @@ from hybrid.server import openai
 from hybrid.server.app import create_app
 from hybrid.server.body import MAX_BODY_BYTES
 from hybrid.server.service import Service
-from offload.errors import EngineClosed, Overloaded, RequestError, TemplateError
+from offload.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineClosed,
+    HybridError,
+    Overloaded,
+    RequestError,
+    TemplateError,
+)
 from tests.scripted import ScriptedEngine, failed, said
 
+MESSAGE_500 = "internal error; the server's log has the cause"
 CHAT = {"model": "any", "messages": [{"role": "user", "content": "hi"}]}
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
 CALL = (
@@ -124,6 +133,19 @@ def test_tool_calls_plain_and_streamed() -> None:
     assert json.loads("".join(piece["function"]["arguments"] for piece in pieces)) == {"at": "sky"}
 
 
+@pytest.mark.parametrize("fields", [{}, {"tools": []}, {"tools": TOOLS, "tool_choice": "none"}])
+def test_where_no_tool_may_be_called_a_call_is_text(fields: dict[str, Any]) -> None:
+    engine = ScriptedEngine(said("Looking.", *CALL), said("Looking.", *CALL))
+    choice = chat(engine, **fields).json()["choices"][0]
+    text = 'Looking.functions.look:0{"at": "sky"}'
+    assert choice["message"] == {"role": "assistant", "content": text, "refusal": None}
+    assert choice["finish_reason"] == "stop"
+    assert engine.prompts[0][1] is None
+    chunks = [c["choices"][0] for c in events(chat(engine, stream=True, **fields))[:-1]]
+    assert "".join(c["delta"].get("content", "") for c in chunks) == text
+    assert chunks[-1]["finish_reason"] == "stop"
+
+
 def test_reasoning_is_kept_apart() -> None:
     engine = ScriptedEngine(said("<think>Hm.</think>Yes."), said("<think>Hm.</think>Yes."))
     message = chat(engine).json()["choices"][0]["message"]
@@ -136,11 +158,9 @@ def test_reasoning_is_kept_apart() -> None:
 def test_a_failure_while_running_is_one_error() -> None:
     response = chat(ScriptedEngine(failed("the disk is gone")))
     assert response.status_code == 500
-    assert response.json()["error"]["message"] == "the disk is gone"
+    assert response.json()["error"]["message"] == MESSAGE_500
     *_, error, done = events(chat(ScriptedEngine(failed("the disk is gone")), stream=True))
-    assert error == {
-        "error": {"message": "the disk is gone", "type": "server_error", "param": None, "code": None}
-    }
+    assert error == {"error": {"message": MESSAGE_500, "type": "server_error", "param": None, "code": None}}
     assert done == "[DONE]"
 
 
@@ -168,15 +188,21 @@ def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) -> Non
         (Overloaded("64 requests wait"), 429, "rate_limit_exceeded"),
         (EngineClosed("closed"), 503, "service_unavailable"),
         (RequestError("token ids", param="prompt"), 400, None),
+        (TemplateError("no template"), 400, None),
+        (CheckpointError("NaN", file="/srv/model", remedy="Mend it."), 500, None),
+        (ConfigError("/srv/model/config.json: broken"), 500, None),
+        (HybridError("internal error: OSError: /srv/model"), 500, None),
     ],
 )
 def test_a_refused_request_has_a_status_even_if_streamed(
-    error: Exception, status: int, code: str | None, stream: bool
+    error: Exception, status: int, code: str | None, stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     response = chat(ScriptedEngine(error), stream=stream)
     assert response.status_code == status
     assert response.json()["error"]["code"] == code
     assert ("retry-after" in response.headers) == (status in (429, 503))
+    assert "/srv/model" not in response.text
+    assert (str(error) in caplog.text) == (status >= 500)
 
 
 def test_messages_are_checked_by_the_template() -> None:

@@ -242,11 +242,39 @@ def test_whatever_comes_no_text_is_lost_and_no_marker_is_shown(fragments: list[s
     assert rest.count("x") == (shown + arguments).count("x")
 
 
-def test_without_declared_tools_every_good_name_is_a_call() -> None:
-    for tools in (None, []):
-        assert parse([SB + call("functions.any.thing:3", "{}") + SE], tools).calls == [
-            ["functions.any.thing:3", "any.thing", "{}"]
-        ]
+def test_of_unknown_tools_every_good_name_is_a_call() -> None:
+    assert parse([SB + call("functions.any.thing:3", "{}") + SE], None).calls == [
+        ["functions.any.thing:3", "any.thing", "{}"]
+    ]
+
+
+@pytest.mark.parametrize("header", ["functions.any.thing:3", "functions:0", "0", "?"])
+def test_where_no_tools_are_declared_a_call_is_text(header: str) -> None:
+    text = "a" + SB + call(header, '{"b": 1}') + SE + "c"
+    for pieces in ([text], list(text)):
+        assert parse(pieces, []).everything == (f'a{header}{{"b": 1}}c', "", [])
+
+
+@pytest.mark.parametrize("marker", ALL_MARKERS)
+def test_literal_text_spells_markers_and_means_none(marker: str) -> None:
+    parser, result = ToolParser(TOOLS), Result()
+    for piece in (f"a {marker} b", marker[:5]):
+        assert parser.feed(piece, literal=True) == [Delta(content=piece)]
+    for piece in (SB, CB, "functions.get_weather:0", AB):
+        result.add(parser.feed(piece))
+    result.add(parser.feed(f'{{"city": "{marker}"}}', literal=True))
+    for piece in (CE, SE):
+        result.add(parser.feed(piece))
+    result.add(parser.feed(marker, literal=True))
+    result.add(parser.finish())
+    call_ = ["functions.get_weather:0", "get_weather", f'{{"city": "{marker}"}}']
+    assert result.everything == (marker, "", [call_])
+
+
+def test_literal_text_completes_no_marker() -> None:
+    parser = ToolParser(TOOLS)
+    assert parser.feed("a<thi") == [Delta(content="a")]
+    assert parser.feed("nk>", literal=True) == [Delta(content="<think>")]
 
 
 @pytest.mark.parametrize("header", ["0", "functions:0", ":0", "functions.:0", "GET_WEATHER:0"])

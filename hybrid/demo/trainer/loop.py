@@ -1,5 +1,6 @@
 """The training loop around `Run`: progress, evaluation on the development split, saves, the picture."""
 
+import os
 import time
 from pathlib import Path
 
@@ -96,7 +97,9 @@ class Loop:
         self._run.history.append({**seen, "exact": exact, "held_out": loss})
         if exact > self._best:
             self._best = exact
-            torch.save(self._run.model.state_dict(), self.best_weights)
+            draft = self.best_weights.with_suffix(".part")
+            torch.save(self._run.model.state_dict(), draft)
+            os.replace(draft, self.best_weights)
         kinds = "  ".join(f"{kind} {hits / trials:.0%}" for kind, (hits, trials) in tally.kinds().items())
         dead = int((loads == 0).sum())
         return (

@@ -1,5 +1,8 @@
 """MuonClip (Kimi K2's report, arXiv:2507.20534): Muon for matrices, AdamW for the rest, QK-Clip, and the
 balancing of experts without an auxiliary loss (arXiv:2408.15664).
+
+As in Muon's own code the gradient is added to the momentum before orthogonalisation (Nesterov), which the report's
+algorithm does not show; embedding, head and norms have no weight decay.
 """
 
 from collections.abc import Iterator

@@ -1,0 +1,126 @@
+"""From a trained module to files and back: what is exported is what the engine runs, and the examination of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hybrid import Engine
+from hybrid.config import ModelConfig
+from hybrid.demo import evaluate, train
+from hybrid.demo.data.encode import Encoder
+from hybrid.demo.export import export, read_back
+from hybrid.demo.shape import config_fields
+from hybrid.demo.trainer.matching import cases, exact_matches
+from hybrid.demo.trainer.model import DemoModel
+from hybrid.demo.trainer.ops import Documents, TorchOps
+from hybrid.synth import ASSETS
+from tests.unit.test_demo_trainer import SMALL
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoModel, Path]:
+    torch.manual_seed(3)
+    fields = config_fields(Encoder(ASSETS).tokenizer, SMALL)
+    model = DemoModel(ModelConfig.from_dict(fields), TorchOps())
+    with torch.no_grad():
+        model.lm_head.normal_()  # at nought in a new model
+        for moe in model.moe_layers():
+            moe.bias.normal_(0, 0.02)
+    out = tmp_path_factory.mktemp("exported")
+    (out / "model-9-of-9.safetensors").write_bytes(b"an earlier export")
+    return model, export(model, fields, ASSETS, out)
+
+
+def test_the_engine_runs_what_was_exported(exported: tuple[DemoModel, Path]) -> None:
+    model, directory = exported
+    ids = torch.randint(0, 1000, (60,), generator=torch.Generator().manual_seed(1))
+    with Engine.load(directory, "cpu", threads=2) as engine:
+        got = engine.logits(ids.tolist())
+    with torch.no_grad():
+        untouched = model.logits(ids, Documents.of(torch.tensor([60]), torch.device("cpu")))
+        back = DemoModel(model.config, TorchOps())
+        read_back(directory, back)
+        wanted = back.logits(ids, Documents.of(torch.tensor([60]), torch.device("cpu")))
+    assert float((got - wanted).norm() / wanted.norm()) < 1e-4
+    assert 1e-4 < float((untouched - wanted).norm() / wanted.norm()) < 0.5  # fp8 has rounded
+
+
+def test_files_are_laid_out_as_k2_publishes_them(exported: tuple[DemoModel, Path]) -> None:
+    _, directory = exported
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    files = {f.name for f in directory.glob("*.safetensors")}
+    assert files == set(index["weight_map"].values())  # nothing is left of the earlier export
+    assert index["weight_map"]["model.layers.1.mlp.experts.23.down_proj.weight_scale_inv"] in files
+    for name in (
+        "config.json",
+        "generation_config.json",
+        "tiktoken.model",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ):
+        assert (directory / name).is_file()
+    assert all(f.stat().st_mode & 0o044 == 0o044 for f in directory.iterdir())
+
+
+@torch.no_grad()
+def test_fp8_costs_a_weight_little(exported: tuple[DemoModel, Path]) -> None:
+    model, directory = exported
+    back = DemoModel(model.config, TorchOps())
+    read_back(directory, back)
+    for mine, theirs in zip(model.moe_layers(), back.moe_layers(), strict=True):
+        assert torch.equal(mine.bias, theirs.bias)
+        assert float((mine.gate_up - theirs.gate_up).norm() / mine.gate_up.norm()) < 0.04
+        assert float((mine.down_t - theirs.down_t).norm() / mine.down_t.norm()) < 0.04
+
+
+def test_the_examination_has_every_figure(
+    exported: tuple[DemoModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, directory = exported
+    monkeypatch.setattr(evaluate, "GREEDY", evaluate.SamplingParams(temperature=0.0, max_tokens=4))
+    monkeypatch.setattr(evaluate, "SAMPLED", evaluate.SamplingParams(max_tokens=4, seed=0))
+    with torch.no_grad(), Engine.load(directory, "cpu", threads=2) as engine:
+        figures: dict[str, Any] = evaluate.examine(engine, directory, "dev", 4, 1)
+    assert figures["split"] == "dev"
+    assert figures["argmax_agreement_with_training_model"] > 0.99
+    assert figures["exact_match"]["sum"]["turns"] >= 121  # all of 0 + 0 to 10 + 10
+    assert figures["exact_match"]["sum"]["mean"] == 0.0  # of a model that was never trained
+    assert set(figures["unwanted_calls"]) == {"no tool needed", "undeclared"}
+    assert len(figures["expert_load_max_over_mean"]) == 2
+    assert figures["weather"]["prompts"] == 10
+    assert figures["weather"]["called"] == figures["weather"]["called_at_default_temperature"] == 0.0
+    assert figures["storyname"]["good"] == figures["joke"]["good"] == 0.0
+
+
+def test_perfect_answers_are_all_counted() -> None:
+    some = cases(Encoder(ASSETS), "dev", 10)
+    tally = exact_matches(some, lambda case: torch.tensor(case.encoded.tokens.astype(int)).roll(-1).numpy())
+    assert tally.mean() == 1.0
+    assert len(tally.kinds()) > 4
+
+
+def test_one_command_trains_goes_on_and_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybrid.demo.shape.SIZES", SMALL)
+    monkeypatch.setattr(
+        "hybrid.demo.trainer.matching.cases", lambda encoder, split, _: cases(encoder, split, 3)
+    )
+    command = [
+        str(tmp_path),
+        "--tokens",
+        "3e3",
+        "--batch-tokens",
+        "800",
+        "--device",
+        "cpu",
+        "--evaluate-every",
+        "2e3",
+    ]
+    train.main([*command, "--stop-minutes", "0"])
+    assert (tmp_path / "checkpoint.pt").is_file()
+    assert not (tmp_path / "model").exists()
+    train.main(command)
+    with Engine.load(tmp_path / "model", "cpu", threads=2) as engine:
+        assert engine.logits([1, 2, 3]).isfinite().all()
