@@ -63,7 +63,7 @@ def fact(talk: Talk) -> None:
         "n": NUMBER_WORDS[n] if talk.chance(0.6) else str(n),
     }
     pattern = talk.pick(wordings)
-    talk.user(spoken(talk, pattern, values, loosely=0.3), around=0.1)
+    talk.user(spoken(talk, pattern, values, loosely=0.12), around=0.1)
     talk.says(fill(block["reply"][0], values), "fact", f"{name}: {pattern.line}")
 
 
@@ -82,7 +82,7 @@ def numbers(talk: Talk, operation: str | None = None) -> None:
     asked = dict(values)
     if name in ("add", "subtract", "multiply") and talk.chance(0.08):
         asked |= {k: NUMBER_WORDS[int(v)] for k, v in values.items() if int(v) < len(NUMBER_WORDS)}
-    talk.user(spoken(talk, pattern, asked, loosely=0.3 if name == "add" else 0.0), around=0.08)
+    talk.user(spoken(talk, pattern, asked, loosely=0.15 if name == "add" else 0.0), around=0.08)
     talk.says(fill(block["reply"][0], values), kind, f"{name}: {pattern.line}")
 
 

@@ -31,7 +31,7 @@ def declare_some(talk: Talk, count: int, *, weather: bool = False) -> None:
     if weather:
         chosen.append(written_tools()[0])
     while len(chosen) < count:
-        tool = novel_tool(talk.split, rng) if talk.chance(0.35) else rng.choice(written_tools())
+        tool = novel_tool(talk.split, rng) if talk.chance(0.2) else rng.choice(written_tools())
         if not any(_clash(tool, other) for other in chosen):
             chosen.append(tool)
     rng.shuffle(chosen)
@@ -61,7 +61,7 @@ def request(
         joint = talk.rng.choice([" and ", " and ", " and also "])
         texts[first.label] = ", ".join(names[:-1]) + joint + names[-1]
         calls = [{**calls[0], first.label: value.json} for value in more]
-    return spoken(talk, pattern, texts, loosely=0.4, begins=begins), calls, pattern
+    return spoken(talk, pattern, texts, loosely=0.15, begins=begins), calls, pattern
 
 
 def _result(talk: Talk, target: Declared, values: dict[str, Any]) -> tuple[str, str]:
