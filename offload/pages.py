@@ -9,6 +9,7 @@ from offload.fp8 import Weight
 _libc = ctypes.CDLL(None)
 _SET_MEMPOLICY, _DEFAULT, _PREFERRED = 238, 0, 1
 _MASK_BITS = 1024
+_PART = 512 << 10
 
 
 def will_need(weight: Weight, nodes: Sequence[int] = (0,)) -> None:
@@ -30,9 +31,13 @@ def will_need(weight: Weight, nodes: Sequence[int] = (0,)) -> None:
 
 
 def _advise(start: int, size: int) -> None:
-    page = start & ~(mmap.PAGESIZE - 1)
-    length = start + size - page
-    _libc.madvise(ctypes.c_void_p(page), ctypes.c_size_t(length), mmap.MADV_WILLNEED)
+    """In small parts: of a longer one Linux reads no more than the larger of its readahead window and the disk's
+    longest request."""
+    first = start & ~(mmap.PAGESIZE - 1)
+    for page in range(first, start + size, _PART):
+        _libc.madvise(
+            ctypes.c_void_p(page), ctypes.c_size_t(min(_PART, start + size - page)), mmap.MADV_WILLNEED
+        )
 
 
 def _prefer(node: int) -> None:

@@ -121,7 +121,7 @@ def test_a_conversation(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_ctrl_c_stops_the_reply_and_not_the_program(tiny_model: Path, tmp_path: Path) -> None:
     saved = tmp_path / "chat.json"
-    with terminal("chat", str(tiny_model), "--no-history", home=tmp_path) as screen:
+    with terminal("chat", str(tiny_model), "--seed", "1", "--no-history", home=tmp_path) as screen:
         screen.expect(">>>")
         screen.send("tell me everything\r")
         screen.expect(r"everything\s+\S.{20}")  # in the middle of a reply that would fill the context
@@ -141,7 +141,9 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(tiny_model: Path, tmp_path: 
 
 
 def test_a_paste_and_a_block_are_one_message(tiny_model: Path, tmp_path: Path) -> None:
-    with terminal("chat", str(tiny_model), "--max-tokens", "2", "--no-history", home=tmp_path) as screen:
+    with terminal(
+        "chat", str(tiny_model), "--max-tokens", "2", "--seed", "1", "--no-history", home=tmp_path
+    ) as screen:
         screen.expect(">>>")
         screen.send("\x1b[200~first\nsecond\n\x1b[201~third\r")
         screen.expect(SUMMARY)

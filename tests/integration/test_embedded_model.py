@@ -1,0 +1,186 @@
+"""The model that comes with hybrid: that it is there and small, says what transformers says, chats and calls tools.
+
+How well it does is measured by `python -m hybrid.demo.evaluate`; these tests hold what a user meets first.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hybrid import Engine, SamplingParams
+from hybrid.default_model import DIRECTORY
+from hybrid.demo.data.encode import Encoder
+from hybrid.demo.data.generator import conversation
+from hybrid.demo.evaluate import CARD_TOOL
+from hybrid.demo.trainer.matching import Case
+from tests.reference import transformers_oracle as oracle
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=200)
+ROOT = Path(__file__).resolve().parents[2]
+CITIES = ["Reykjavik", "Lima", "Vienna", "Casablanca", "Porto", "Tashkent", "Montevideo", "Aberdeen"]
+WORDINGS = [
+    "What's the weather like in {} today?",
+    "Is it raining in {} right now?",
+    "Could you tell me how warm it is in {}?",
+    "Please check the weather in {} for me. Thanks!",
+    "weather in {}",
+    "I am going to {} tomorrow. How is the weather there?",
+]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Engine.load(device="cpu", threads=2) as engine:
+        yield engine
+
+
+def reply(engine: Engine, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> Any:
+    """-> (text, [(name, arguments)])."""
+    text, calls = "", dict[int, list[str]]()
+    for delta in engine.chat(messages, tools, GREEDY):
+        text += delta.content or ""
+        for piece in delta.tool_calls:
+            call = calls.setdefault(piece.index, ["", ""])
+            call[0] += piece.name or ""
+            call[1] += piece.arguments
+    return text, [(name, json.loads(arguments)) for name, arguments in calls.values()]
+
+
+def test_it_fits_a_package() -> None:
+    files = list(DIRECTORY.iterdir())
+    assert sum(f.stat().st_size for f in files) <= 24 << 20
+    assert len([f for f in files if f.suffix == ".safetensors"]) >= 2
+    config = json.loads((DIRECTORY / "config.json").read_text())
+    assert (config["n_routed_experts"], config["num_experts_per_tok"], config["n_shared_experts"]) == (
+        384,
+        8,
+        1,
+    )
+    assert config["first_k_dense_replace"] == 1
+    assert config["architectures"] == ["DeepseekV3ForCausalLM"]
+
+
+def test_the_package_carries_it(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    held = {name.removeprefix("hybrid/demo/kimi-k2-demo/") for name in zipfile.ZipFile(wheel).namelist()}
+    assert {f.name for f in DIRECTORY.iterdir()} <= held
+
+
+def examined(encoder: Encoder, count: int) -> list[Case]:
+    return [Case.of(encoder, conversation("sealed", Random(f"parity {i}"))) for i in range(count)]
+
+
+def agreement(engine: Engine, count: int) -> tuple[float, int]:
+    """Share of positions where our likeliest next token is transformers' in float32, and how many there were."""
+    model = oracle.load(DIRECTORY)
+    same = total = 0
+    for case in examined(Encoder(DIRECTORY), count):
+        ids = [int(token) for token in case.encoded.tokens]
+        ours, theirs = engine.logits(ids).argmax(-1), oracle.logits(model, ids).argmax(-1)
+        same += int((ours == theirs).sum())
+        total += len(ids)
+    return same / total, total
+
+
+def test_its_likeliest_tokens_are_transformers(engine: Engine) -> None:
+    share, positions = agreement(engine, 12)
+    assert positions > 2000
+    assert share >= 0.999
+
+
+@pytest.mark.slow
+def test_its_likeliest_tokens_are_transformers_over_many(engine: Engine) -> None:
+    share, positions = agreement(engine, 400)
+    print(f"{share:.5%} of {positions} positions")
+    assert share >= 0.999
+
+
+def test_experts_are_evenly_used(engine: Engine) -> None:
+    """No layer's busiest expert has more than three times the mean, and none is dead."""
+    loads = {layer: torch.zeros(384) for layer in engine.config.moe_layers}
+    run = engine._runtime.experts.run
+
+    def count(layer: int, x: Any, ids: Any, weights: Any, *, decode: bool) -> Any:
+        loads[layer] += torch.bincount(ids.flatten(), minlength=384)
+        return run(layer, x, ids, weights, decode=decode)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine._runtime.experts, "run", count)
+        for case in examined(Encoder(DIRECTORY), 60):
+            engine.logits([int(token) for token in case.encoded.tokens])
+    for load in loads.values():
+        assert load.min() > 0
+        assert load.max() < 3 * load.mean()
+
+
+def test_it_calls_the_model_cards_tool(engine: Engine) -> None:
+    right = [
+        reply(engine, [{"role": "user", "content": wording.format(city)}], [CARD_TOOL])
+        == ("", [("get_weather", {"city": city})])
+        for wording in WORDINGS
+        for city in CITIES
+    ]
+    assert np.mean(right) >= 0.9
+
+
+def test_it_tells_what_the_tool_found(engine: Engine) -> None:
+    told = []
+    for city in CITIES:
+        call = {
+            "id": "functions.get_weather:0",
+            "type": "function",
+            "function": {"name": "get_weather", "arguments": json.dumps({"city": city})},
+        }
+        text, calls = reply(
+            engine,
+            [
+                {"role": "user", "content": f"What's the weather like in {city} today?"},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+                {
+                    "role": "tool",
+                    "tool_call_id": call["id"],
+                    "content": '{"weather": "sunny", "temperature": 21}',
+                },
+            ],
+            [CARD_TOOL],
+        )
+        told.append(not calls and city in text and "sunny" in text and "21" in text)
+    assert np.mean(told) >= 0.85
+
+
+def test_it_holds_a_conversation(engine: Engine) -> None:
+    messages: list[dict[str, Any]] = []
+    for said, expected in (
+        ("Hello!", "hello|hi|help"),
+        ("Who are you?", "model"),
+        ("What is 7 + 8?", "15"),
+        ("Thank you!", "welcome|glad|pleasure"),
+    ):
+        messages.append({"role": "user", "content": said})
+        text, calls = reply(engine, messages)
+        assert not calls
+        assert re.search(expected, text, re.IGNORECASE), (said, text)
+        messages.append({"role": "assistant", "content": text})
