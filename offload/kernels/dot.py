@@ -140,18 +140,22 @@ class _Dot:
             soon = builder.add(offset, I64(SOON))
             emit_prefetch(builder, builder.add(self.rows[row], soon), 3)
 
+    def add_whole_step(self, column: Any, ahead: list[Any]) -> None:
+        """block_sums += a step of all rows from `column`, and prefetches as many bytes."""
+        builder = self.builder
+        offset = builder.mul(column, I64(self.itemsize))
+        for r in range(ROWS):
+            for byte in range(0, self.step * self.itemsize, LINE):
+                self.prefetch(r, builder.add(offset, I64(byte)), ahead)
+        self.add_step([builder.add(row, offset) for row in self.rows], column)
+
     def add_whole_block(self, start: Any, ahead: list[Any]) -> None:
         """block_sums += a whole block without rare codes, unrolled: row by row, whose two or more lines are
         then read together, with the prefetches spread evenly between."""
         builder = self.builder
         if self.form not in CODES:
             for i in range(0, BLOCK, self.step):
-                column = builder.add(start, I64(i))
-                offset = builder.mul(column, I64(self.itemsize))
-                for r in range(len(self.rows)):
-                    for byte in range(0, self.step * self.itemsize, LINE):
-                        self.prefetch(r, builder.add(offset, I64(byte)), ahead)
-                self.add_step([builder.add(row, offset) for row in self.rows], column)
+                self.add_whole_step(builder.add(start, I64(i)), ahead)
             return
         for r, (row, sums) in enumerate(zip(self.rows, self.block_sums, strict=True)):
             for i in range(0, BLOCK, self.step):
@@ -162,13 +166,8 @@ class _Dot:
 
     def add_steps(self, start: Any, stop: Any, ahead: list[Any]) -> None:
         """block_sums += whole steps start..stop of a block."""
-        builder = self.builder
-        with cgutils.for_range_slice(builder, start, stop, I64(self.step)) as (column, _):
-            offset = builder.mul(column, I64(self.itemsize))
-            for r in range(ROWS):
-                for byte in range(0, self.step * self.itemsize, LINE):
-                    self.prefetch(r, builder.add(offset, I64(byte)), ahead)
-            self.add_step([builder.add(row, offset) for row in self.rows], column)
+        with cgutils.for_range_slice(self.builder, start, stop, I64(self.step)) as (column, _):
+            self.add_whole_step(column, ahead)
 
     def no_rare_codes(self, start: Any) -> Any:
         """Whether the whole block from `start` has none in any of the rows (only "offset" has any)."""

@@ -276,8 +276,7 @@ def test_a_damaged_expert_is_the_servers_fault_and_it_lives_on(tiny_model: Path,
         for expert in range(32)  # whichever the router picks
     ]
     sound = [swap_byte(info, b"\xff") for info in infos]
-    with serving(model) as server:
-        client = server.client()
+    with serving(model) as server, server.client() as client:
         with pytest.raises(openai.InternalServerError) as caught:
             client.chat.completions.create(model="any", messages=MESSAGES, max_tokens=1)
         assert caught.value.status_code == 500
