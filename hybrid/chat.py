@@ -109,7 +109,7 @@ class ChatTemplate:
                 self._template.generate, **broken, add_generation_prompt=add_generation_prompt
             )
         except jinja2.TemplateError as error:
-            raise TemplateError(f"{self._origin}: the chat template cannot render this: {error}") from None
+            raise TemplateError(f"{self._origin.name}: the chat template cannot render this: {error}") from None
         except (
             TypeError,
             ValueError,
@@ -120,7 +120,7 @@ class ChatTemplate:
             MemoryError,
         ) as error:
             raise TemplateError(
-                f"{self._origin}: the chat template fails on this: {type(error).__name__}: {error}"
+                f"{self._origin.name}: the chat template fails on this: {type(error).__name__}: {error}"
             ) from None
         return list(chain.from_iterable(self._encode(part, breaker) for part in self._control.split(text)))
 
