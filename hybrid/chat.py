@@ -109,7 +109,9 @@ class ChatTemplate:
                 self._template.generate, **broken, add_generation_prompt=add_generation_prompt
             )
         except jinja2.TemplateError as error:
-            raise TemplateError(f"{self._origin.name}: the chat template cannot render this: {error}") from None
+            raise TemplateError(
+                f"{self._origin.name}: the chat template cannot render this: {error}"
+            ) from None
         except (
             TypeError,
             ValueError,

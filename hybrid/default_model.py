@@ -18,5 +18,7 @@ def default_model() -> tuple[Path, str]:
         UsageError: this installation lacks the files.
     """
     if not (DIRECTORY / "config.json").is_file():
-        raise UsageError(f"{DIRECTORY}: the built-in model is not there; install hybrid again, or name a MODEL")
+        raise UsageError(
+            f"{DIRECTORY}: the built-in model is not there; install hybrid again, or name a MODEL"
+        )
     return DIRECTORY, NOTICE
