@@ -55,11 +55,6 @@ def few_tokens(level: Static) -> int:
     raise TypeError("few_tokens runs in compiled code only")
 
 
-def six_at_once(level: Static) -> bool:
-    """Whether six tokens' sums of four rows fit the level's registers; in compiled code only."""
-    raise TypeError("six_at_once runs in compiled code only")
-
-
 def widened_columns(level: Static, columns: int) -> int:
     """Columns of a row of `columns` as `widen` leaves it; in compiled code only."""
     raise TypeError("widened_columns runs in compiled code only")
@@ -91,16 +86,6 @@ def _few_tokens(level: Any) -> Any:
 
     def choose(level: Any) -> Any:
         return few
-
-    return choose
-
-
-@overload(six_at_once)
-def _six_at_once(level: Any) -> Any:
-    fits = level.value.width == 16  # AVX512 has 32 registers
-
-    def choose(level: Any) -> Any:
-        return fits
 
     return choose
 
@@ -233,7 +218,6 @@ def _many(
     """As `project`, for any number of tokens, widening each tile of weights once."""
     last, size = first + rows - 1, columns * itemsize
     tiles = _four_rows(tile, TILE * 4, 0, ROWS)
-    six = six_at_once(level)
     for column in range(0, columns, TILE):
         count, x, block = min(TILE, columns - column), 4 * column, column // BLOCK * 4
         wide_count = widened_columns(level, count)
@@ -244,17 +228,6 @@ def _many(
                 widen(level, form, at[i], count, tiles[i], at[i] + next_)
             scales = _four_scales(scale + block, columns, r, last)
             place, t = out + 4 * (r - first), 0
-            while six and t + 6 <= tokens:
-                some_six = (
-                    xs[t] + x,
-                    xs[t + 1] + x,
-                    xs[t + 2] + x,
-                    xs[t + 3] + x,
-                    xs[t + 4] + x,
-                    xs[t + 5] + x,
-                )
-                dot(level, wide, tiles, scales, some_six, wide_count, place + 4 * t * stride, stride, ())
-                t += 6
             while t + 3 <= tokens:
                 some = (xs[t] + x, xs[t + 1] + x, xs[t + 2] + x)
                 dot(level, wide, tiles, scales, some, wide_count, place + 4 * t * stride, stride, ())
