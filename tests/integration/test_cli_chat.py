@@ -194,7 +194,10 @@ def test_complete_as_text_and_as_json(tiny_model: Path) -> None:
 def interrupted(seed: int, model: Path) -> tuple[int, bytes]:
     """Exit code and stderr of a completion that gets Ctrl-C after its first byte."""
     arguments = command("complete", str(model), "Once", "--seed", str(seed))
+    # A test run in the background ignores Ctrl-C, and its children would.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        signal.signal(signal.SIGINT, before)
         try:
             assert process.stdout is not None
             process.stdout.read(1)
