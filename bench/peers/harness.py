@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
@@ -161,3 +161,17 @@ def _lines(
             errors[0], errors[1] if same_weights else None,
         )  # fmt: skip
     kernels.close()
+
+
+def run_command(name: str, factory: Factory) -> None:
+    """A peer's command line: print a Comparison for each count of tokens."""
+
+    def main(
+        tokens: Annotated[str, typer.Option(help="Counts of tokens, comma-separated.")] = "1,2,8,64,512",
+        threads: Annotated[int, typer.Option(help="Lanes of each.")] = 2,
+        experts: Annotated[int, typer.Option(help="Experts of the layer.")] = 48,
+        top_k: Annotated[int, typer.Option(help="Experts of a token.")] = 8,
+    ) -> None:
+        compare(name, factory, [int(part) for part in tokens.split(",")], threads, experts, top_k)
+
+    typer.run(main)

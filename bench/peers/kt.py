@@ -6,11 +6,9 @@
 Its activations are bfloat16, which its error shows.
 """
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from bench.peers.harness import Setting, compare
+from bench.peers.harness import Setting, run_command
 
 if TYPE_CHECKING:
     import torch
@@ -78,15 +76,5 @@ class KtExperts:
         return out.float()
 
 
-def main(
-    tokens: Annotated[str, typer.Option(help="Counts of tokens, comma-separated.")] = "1,2,8,64,512",
-    threads: Annotated[int, typer.Option(help="Lanes of each.")] = 2,
-    experts: Annotated[int, typer.Option(help="Experts of the layer.")] = 48,
-    top_k: Annotated[int, typer.Option(help="Experts of a token.")] = 8,
-) -> None:
-    """Print a Comparison for each count of tokens."""
-    compare("kt-kernel", KtExperts, [int(part) for part in tokens.split(",")], threads, experts, top_k)
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    run_command("kt-kernel", KtExperts)

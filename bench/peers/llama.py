@@ -8,11 +8,9 @@ rounds activations to 8 bits before each product.
 """
 
 import ctypes
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from bench.peers.harness import HIDDEN, INTERMEDIATE, Setting, compare
+from bench.peers.harness import HIDDEN, INTERMEDIATE, Setting, run_command
 
 if TYPE_CHECKING:
     import torch
@@ -92,15 +90,5 @@ class GgmlExperts:
         return torch.frombuffer(result, dtype=torch.float32).view(tokens, -1, HIDDEN).sum(1)
 
 
-def main(
-    tokens: Annotated[str, typer.Option(help="Counts of tokens, comma-separated.")] = "1,2,8,64,512",
-    threads: Annotated[int, typer.Option(help="Lanes of each.")] = 2,
-    experts: Annotated[int, typer.Option(help="Experts of the layer.")] = 48,
-    top_k: Annotated[int, typer.Option(help="Experts of a token.")] = 8,
-) -> None:
-    """Print a Comparison for each count of tokens."""
-    compare("llama.cpp Q8_0", GgmlExperts, [int(part) for part in tokens.split(",")], threads, experts, top_k)
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    run_command("llama.cpp Q8_0", GgmlExperts)
