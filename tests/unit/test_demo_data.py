@@ -1,6 +1,7 @@
 """The generator of training data: splits that share nothing, calls that fit their declarations, no chance."""
 
 import json
+import re
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -13,9 +14,9 @@ from hybrid.demo.data import small_talk
 from hybrid.demo.data.encode import Encoder
 from hybrid.demo.data.generator import conversation, conversations
 from hybrid.demo.data.grammar import SPLITS, Pattern, blocks, by_split
-from hybrid.demo.data.talk import Conversation, Talk
+from hybrid.demo.data.talk import Conversation, Talk, spoken
 from hybrid.demo.data.tool_scenes import REFUSAL
-from hybrid.demo.data.toolbox import declare, novel_tool, written_tools
+from hybrid.demo.data.toolbox import Tool, declare, novel_tool, written_tools
 from hybrid.demo.data.vocabulary import SCHEMAS, Vocabulary, split_of
 from hybrid.synth import ASSETS
 
@@ -70,6 +71,28 @@ def test_wordings_of_the_splits_are_disjoint(file: str) -> None:
         }
         for one, other in (("train", "dev"), ("train", "sealed"), ("dev", "sealed")):
             assert not outcomes[one] & outcomes[other], block
+
+
+def test_framed_wordings_keep_to_their_split() -> None:
+    """Training's composed sentences are not those that the other splits ask in, made-up tools' neither."""
+    for tool in [*written_tools(), *(novel_tool("train", Random(i)) for i in range(12))]:
+        said: dict[str, set[str]] = {}
+        for split in SPLITS:
+            talk = Talk(split, Random(split))
+            asked = {
+                spoken(talk, p, {slot: f"{{{slot}}}" for slot in p.slots})
+                for p in tool.wordings[split]
+                for _ in range(min(p.count(), 2000))
+            }
+            said[split] = {re.sub("[?!.,:]", "", text.lower()) for text in asked}
+        assert said["train"]
+        assert said["train"].isdisjoint(said["dev"] | said["sealed"]), tool.key
+
+
+@pytest.mark.parametrize("tool", written_tools(), ids=lambda tool: tool.key)
+def test_every_tool_has_thousands_of_wordings(tool: Tool) -> None:
+    assert sum(p.count() for p in tool.wordings["train"]) > 10_000
+    assert all({p.label for p in tool.required} <= p.slots for p in tool.wordings["train"])
 
 
 def test_weather_has_hundreds_of_wordings() -> None:
@@ -254,4 +277,4 @@ def test_text_files_are_part_of_the_package() -> None:
     import hybrid.demo.data
 
     folder = Path(hybrid.demo.data.__path__[0]) / "text"
-    assert {f.name for f in folder.iterdir()} == {*FILES, "stories.txt", "words.txt"}
+    assert {f.name for f in folder.iterdir()} == {*FILES, "frames.txt", "stories.txt", "words.txt"}

@@ -48,7 +48,7 @@ def _small_talk(talk: Talk) -> None:
 def _with_tools(talk: Talk) -> None:
     rng = talk.rng
     tool_scenes.declare_some(talk, rng.choice([1, 1, 1, 1, 2, 2, 3, 4]), weather=talk.chance(0.3))
-    turns = rng.choice([1, 2, 3, 4, 5, 6])
+    turns = rng.choice([2, 3, 4, 5, 6, 7])
     for turn in range(turns):
         last = turn == turns - 1
         roll = rng.random()

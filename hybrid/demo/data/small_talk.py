@@ -73,6 +73,10 @@ _OPERATIONS: dict[str, float] = {
 }  # fmt: skip
 
 
+_SPELT = {"add": 0.08, "subtract": 0.08, "multiply": 0.08, "count": 0.3, "countfrom": 0.3, "countdown": 0.3}
+"""How often small numbers are written as words."""
+
+
 def numbers(talk: Talk, operation: str | None = None) -> None:
     """A question about numbers or a plain instruction, from numbers.txt."""
     name = operation or talk.rng.choices(list(_OPERATIONS), list(_OPERATIONS.values()))[0]
@@ -80,8 +84,10 @@ def numbers(talk: Talk, operation: str | None = None) -> None:
     values, kind = _numbers_for(talk, name)
     pattern = talk.pick(wordings)
     asked = dict(values)
-    if name in ("add", "subtract", "multiply") and talk.chance(0.08):
-        asked |= {k: NUMBER_WORDS[int(v)] for k, v in values.items() if int(v) < len(NUMBER_WORDS)}
+    if talk.chance(_SPELT.get(name, 0.0)):
+        asked |= {
+            k: NUMBER_WORDS[int(v)] for k, v in values.items() if v.isdigit() and int(v) < len(NUMBER_WORDS)
+        }
     talk.user(spoken(talk, pattern, asked, loosely=0.15 if name == "add" else 0.0), around=0.08)
     talk.says(fill(block["reply"][0], values), kind, f"{name}: {pattern.line}")
 

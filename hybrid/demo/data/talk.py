@@ -128,9 +128,11 @@ def spoken(
     own first letter is mostly a capital.
     """
     text = pattern.sample(talk.rng)
-    if talk.split == "train" and talk.chance(loosely):
-        loose = loosen(text, talk.rng)
-        text = text if _plainly(loose) in _held_out() else loose
+    if talk.split == "train":
+        loose = loosen(text, talk.rng) if talk.chance(loosely) else text
+        while _plainly(loose) in _held_out():
+            loose = pattern.sample(talk.rng)
+        text = loose
     if begins and talk.chance(0.75):
         text = text[:1].upper() + text[1:]  # of a slot, the brace
     return tidy(fill(text, values))

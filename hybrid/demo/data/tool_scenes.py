@@ -61,7 +61,7 @@ def request(
         joint = talk.rng.choice([" and ", " and ", " and also "])
         texts[first.label] = ", ".join(names[:-1]) + joint + names[-1]
         calls = [{**calls[0], first.label: value.json} for value in more]
-    return spoken(talk, pattern, texts, loosely=0.15, begins=begins), calls, pattern
+    return spoken(talk, pattern, texts, loosely=0.1, begins=begins), calls, pattern
 
 
 def _result(talk: Talk, target: Declared, values: dict[str, Any]) -> tuple[str, str]:

@@ -95,10 +95,23 @@ def _read(block: dict[str, list[str]]) -> Tool:
     else:
         kind, answer = parts[0], parts[-1]
     missing = [Pattern(part) for line in block.get("missing", []) for part in line.split(" / ")]
+    wordings = by_split(block)
+    wordings["train"] += _framed("do", block["do"]) + _framed("thing", block["thing"])
     return Tool(
         block["tool"][0].split("/"), block["about"][0].split(" / "), parameters,
-        [k for k in keys.split("/") if k], kind, answer, by_split(block), missing,
+        [k for k in keys.split("/") if k], kind, answer, wordings, missing,
     )  # fmt: skip
+
+
+def _framed(kind: str, phrases: list[str]) -> list[Pattern]:
+    """Each phrase in any of the frames of its kind."""
+    frames = next(block[kind] for block in blocks("frames.txt") if kind in block)
+    patterns = []
+    for phrase in phrases:
+        pattern = Pattern("(" + "|".join(frames).replace(f"{{{kind}}}", f"({phrase})") + ")")
+        pattern.line = phrase
+        patterns.append(pattern)
+    return patterns
 
 
 _NOUNS = """altitude population mayor area postcode elevation founder age height salary balance birthday address rating
@@ -118,6 +131,14 @@ _FETCH_NAMES = (
     "get_{}/find_{}/{}_lookup/fetch_{}/lookup_{}/{}_of/{}/query_{}/show_{}/read_{}/get_{}_info".split("/")
 )
 _FETCH_WORDINGS = {
+    "do": """(get|look up|fetch|read|check|query|view|show me|tell me|give me) the NOUN (of|for) {key}
+(tell me|say|check|see) (what|which) NOUN {key} (has|got)
+(tell me|see|check|say) what the NOUN of {key} is""",
+    "thing": """the NOUN (of|for) {key}
+{key}'s NOUN
+the (exact|current|right|known) NOUN (of|for) {key}
+what the NOUN of {key} is
+which NOUN {key} has""",
     "train": """(what's|what is|whats) the NOUN of {key}?
 (tell|give|show) me the NOUN (of|for) {key} (please|)
 (check|get|look up|find|fetch) the NOUN (of|for) {key} (please|)
@@ -142,6 +163,10 @@ _OBJECTS = """file ticket project user account door order job server folder wind
 playlist document invoice branch build task machine robot gate device sensor room report backup member image video""".split()
 _ACT_NAMES = ["{}_{}", "{}_{}", "do_{}_{}", "{}_the_{}", "{}_{}_by_name", "{}_{}_now"]
 _ACT_WORDINGS = {
+    "do": """ACT (the|our|my|a|) OBJECT {key}
+ACT (the|our|my) OBJECT (named|called) {key}
+ACT {key}, (the|our|my) OBJECT
+(have|get) (the|our|my) OBJECT {key} and ACT it""",
     "train": """(please|) ACT (the|) OBJECT {key} (please|)
 (can|could|would) you (please|) ACT (the|) OBJECT {key}?
 (i want|i need|i'd like) (you|) to ACT (the|) OBJECT {key}
@@ -198,16 +223,20 @@ def _renamed(parameter: Parameter, name: str) -> Parameter:
 
 def _insert(lines: dict[str, str], **words: str) -> dict[str, list[Pattern]]:
     """Wordings with capitals replaced; their identity for the splits stays that of the line."""
+
+    def inserted(line: str) -> str:
+        for name, word in words.items():
+            line = line.replace(name, word)
+        return line
+
     patterns: dict[str, list[Pattern]] = {}
     for split in SPLITS:
         patterns[split] = []
         for line in lines[split].splitlines():
-            text = line
-            for name, word in words.items():
-                text = text.replace(name, word)
-            pattern = Pattern(text)
-            pattern.line = line
-            patterns[split].append(pattern)
+            patterns[split].append(Pattern(inserted(line)))
+            patterns[split][-1].line = line
+    for kind in ("do", "thing"):
+        patterns["train"] += _framed(kind, [inserted(line) for line in lines.get(kind, "").splitlines()])
     return patterns
 
 
