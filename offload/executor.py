@@ -26,7 +26,7 @@ class ExpertExecutor:
         topk_ids: Tensor,
         topk_weights: Tensor,
         *,
-        decode: bool = True,  # noqa: ARG002 (the same kernels serve both)
+        decode: bool = True,
     ) -> Tensor:
         """The sum over k of topk_weights[t, k] * expert topk_ids[t, k] of x[t], added by ascending expert.
 
@@ -34,7 +34,7 @@ class ExpertExecutor:
             x: float32 [T, hidden].
             topk_ids: int64 [T, k], experts of this layer.
             topk_weights: float32 [T, k].
-            decode: whether these are decode rows; their bits are the same either way.
+            decode: whether these are decode rows; prefill may take kernels that are faster for many.
 
         Returns:
             float32 [T, hidden].
@@ -45,6 +45,8 @@ class ExpertExecutor:
         """
         like = self._store.experts(layer)[0]
         self._store.touch(layer, topk_ids.numpy().reshape(-1), self._kernels)
-        y, touched = self._kernels.experts(x, self._store.table(layer), like, topk_ids, topk_weights)
+        y, touched = self._kernels.experts(
+            x, self._store.table(layer), like, topk_ids, topk_weights, decode=decode
+        )
         self.bytes_read += touched * like.nbytes
         return y

@@ -28,16 +28,17 @@ def padded_columns(columns: int) -> int:
 
 
 @jit
-def _power_of_two(exponent: int) -> np.float32:
+def power_of_two(exponent: int) -> np.float32:
     return np.float32(2.0**exponent)
 
 
 @jit
-def _largest_exponent(x: Any, columns: int) -> int:
-    """The exponent of the row's largest magnitude; 0 for a row of zeros, or with an infinity or NaN."""
+def largest_exponent(x: Any, columns: int, first: int = 0, stride: int = 1) -> int:
+    """The exponent of the largest magnitude in float32 bits x[first], x[first + stride]...; 0 if all are zeros,
+    or for an infinity or NaN."""
     largest = np.uint32(0)
     for i in range(columns):
-        largest = max(largest, x[i] & np.uint32(0x7FFFFFFF))
+        largest = max(largest, x[first + i * stride] & np.uint32(0x7FFFFFFF))
     if largest == 0 or largest >= np.uint32(0x7F800000):
         return 0
     return int(largest >> np.uint32(23)) - 127
@@ -49,9 +50,9 @@ def _interleave(source: int, columns: int, target: int, step: int, codes: int) -
     x, y = floats(source), floats(target)
     exponent = 0
     if codes < -100:  # as near to the weights' own as the row's largest magnitude and a finite 2^-k allow
-        largest = _largest_exponent(as_pointer(source, numba.uint32), columns)
+        largest = largest_exponent(as_pointer(source, numba.uint32), columns)
         exponent = max(min(-codes, 126 - largest), -127 - codes)
-    scale, quarter = _power_of_two(exponent), step // 4
+    scale, quarter = power_of_two(exponent), step // 4
     whole = columns // step * step
     for begin in range(0, whole, step):
         for j in range(4):
@@ -62,7 +63,7 @@ def _interleave(source: int, columns: int, target: int, step: int, codes: int) -
         for c in range(whole, columns):
             i, j = (c - whole) // 4, (c - whole) % 4
             y[whole + j * quarter + i] = x[c] * scale
-    return _power_of_two(-codes - exponent)
+    return power_of_two(-codes - exponent)
 
 
 @jit

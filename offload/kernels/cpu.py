@@ -13,6 +13,13 @@ from offload.kernels.experts import EXPERTS, TABLE_COLUMNS, down_rows, experts_j
 from offload.kernels.jit import Static
 from offload.kernels.levels import choose_level
 from offload.kernels.linear import LINEAR, MAX_ABSORBED_COLUMNS, SCRATCH_BYTES, absorb_job, linear_job
+from offload.kernels.prefill import (
+    PREFILL,
+    PREFILL_SCRATCH_BYTES,
+    chunk_rows,
+    prefill_job,
+    prefill_offsets,
+)
 from offload.kernels.project import BF16_NUMBER, F32_NUMBER, FP8_NUMBER, compile_project
 from offload.kernels.scan import CHUNK, SCAN, scan_job
 from offload.workers import Workers
@@ -27,6 +34,7 @@ _KERNELS: dict[str, Callable[[Static], Any]] = {
     "experts": experts_job,
     "linear": linear_job,
     "absorb": absorb_job,
+    "prefill": prefill_job,  # levels with tiles only
     "scan": lambda _: scan_job(),
 }
 CHUNK_BYTES = 256 << 10  # of weights, a chunk of a linear layer
@@ -75,22 +83,24 @@ class CpuKernels:
         chosen = choose_level(level)
         self.level = chosen.name
         self._level = Static(chosen)
+        self._names = [name for name in _KERNELS if name != "prefill" or chosen.tiles]
         self._addresses: dict[str, int] = {}
         self.workers = Workers(threads)
         self.threads = self.workers.threads
         self._scratch = np.zeros(self.threads * SCRATCH_BYTES + 64, np.uint8)
         self._scratch_address = (self._scratch.ctypes.data + 63) // 64 * 64
         self._space = torch.empty(0, dtype=torch.uint8)
+        self._tiles: Tensor | None = None
 
     def warm_up(self) -> None:
         """Compile every kernel, or load it from the cache, so that no later call has to."""
-        for name in _KERNELS:
+        for name in self._names:
             self._address(name)
 
     @property
     def warmed(self) -> float:
         """How much of `warm_up` is done, 0 to 1; may be asked from another thread."""
-        return len(self._addresses) / len(_KERNELS)
+        return len(self._addresses) / len(self._names)
 
     def _address(self, name: str) -> int:
         """A compiled kernel's address, compiled on first use."""
@@ -204,7 +214,7 @@ class CpuKernels:
         """down (silu(gate x) * up x): float32 [T, hidden] -> float32 [T, hidden]."""
         table = np.array([[*addresses(gate), *addresses(up), *addresses(down)]], np.int64)
         only = torch.zeros(x.shape[0], 1, dtype=torch.int64)
-        return self.experts(x, table, (gate, up, down), only, torch.ones(x.shape[0], 1))[0]
+        return self.experts(x, table, (gate, up, down), only, torch.ones(x.shape[0], 1), decode=decode)[0]
 
     def experts(
         self,
@@ -213,6 +223,8 @@ class CpuKernels:
         like: tuple[Weight, Weight, Weight],
         topk_ids: Tensor,
         topk_weights: Tensor,
+        *,
+        decode: bool = True,
     ) -> tuple[Tensor, int]:
         """The weighted sum of each token's experts, added by ascending expert.
 
@@ -249,23 +261,39 @@ class CpuKernels:
             return torch.zeros(0, hidden), 0
         x, ids, weights = _strided(x), topk_ids.contiguous(), _strided(topk_weights).contiguous()
         y = torch.empty(tokens, hidden)
-        *offsets, size = space_offsets(len(table), top_k, tokens, hidden, intermediate)
+        sizes = len(table), top_k, tokens, hidden, intermediate
+        given = {
+            "table": table.ctypes.data, "count": len(table), "hidden": hidden, "intermediate": intermediate,
+            "ids": ids.data_ptr(), "weights": weights.data_ptr(), "top_k": top_k, "tokens": tokens,
+            "x": x.data_ptr(), "x_stride": 4 * x.stride(0), "y": y.data_ptr(), "y_stride": 4 * hidden,
+        }  # fmt: skip
+        numbers = format_number(up), format_number(down)
+        if self._level.value.tiles and not decode and numbers == (FP8_NUMBER, FP8_NUMBER):
+            return y, self._run_with_space(
+                "prefill", PREFILL, prefill_offsets(*sizes), **given, scratch=self._tile_scratch(),
+                up_rows=chunk_rows(intermediate, self.threads), down_rows=chunk_rows(hidden, self.threads),
+            )  # fmt: skip
+        return y, self._run_with_space(
+            "experts", EXPERTS, space_offsets(*sizes), **given, scratch=self._scratch_address,
+            up_number=numbers[0], down_number=numbers[1], project=self._address("project"),
+            down_rows=down_rows(hidden, self.threads),
+        )  # fmt: skip
+
+    def _run_with_space(self, job: str, dtype: Any, offsets: tuple[int, ...], **given: int) -> int:
+        """Run a job whose record ends in its own space, at these offsets; -> experts touched."""
+        *begins, size = offsets
         space = self._space_of(size)
         base = space.data_ptr()
-        args = np.array(
-            [
-                (
-                    table.ctypes.data, len(table), format_number(up), format_number(down), hidden, intermediate,
-                    ids.data_ptr(), weights.data_ptr(), top_k, tokens, x.data_ptr(), 4 * x.stride(0),
-                    y.data_ptr(), 4 * hidden, self._scratch_address, self._address("project"),
-                    down_rows(hidden, self.threads), 0,
-                    *[base + offset for offset in offsets],
-                )
-            ],
-            EXPERTS,
-        )  # fmt: skip
-        self.workers.run(self._address("experts"), args.ctypes.data)
-        return y, int(args["touched"][0])
+        own = {name: base + begin for name, begin in zip(dtype.names[-len(begins) :], begins, strict=True)}
+        args = _record(dtype, touched=0, **given, **own)
+        self.workers.run(self._address(job), args.ctypes.data)
+        return int(args["touched"][0])
+
+    def _tile_scratch(self) -> int:
+        """Address of every lane's scratch for tiles, made on first use."""
+        if self._tiles is None:
+            self._tiles = torch.empty(self.threads * PREFILL_SCRATCH_BYTES, dtype=torch.uint8)
+        return self._tiles.data_ptr()
 
     def _space_of(self, size: int) -> Tensor:
         """At least `size` bytes for a job's own use, kept from call to call as long as it is small."""

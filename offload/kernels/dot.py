@@ -52,22 +52,22 @@ def _sum_rows(builder: Any, vectors: list[Any], width: int) -> Any:
     return builder.fadd(pick(builder, ab, cd, [0, 1, 4, 5]), pick(builder, ab, cd, [2, 3, 6, 7]))
 
 
-def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     """a * b + c, rounded once, of float32 vectors."""
     function = declare(builder, f"llvm.fma.v{a.type.count}f32", a.type, [a.type] * 3)
     return builder.call(function, [a, b, c])
 
 
-def _splat(builder: Any, value: Any, count: int) -> Any:
+def splat(builder: Any, value: Any, count: int) -> Any:
     one = builder.insert_element(ir.Constant(vector(value.type, count), ir.Undefined), value, I32(0))
     return pick(builder, one, one, [0] * count)
 
 
-def _minimum(builder: Any, a: Any, b: Any) -> Any:
+def minimum(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.icmp_signed("<", a, b), a, b)
 
 
-def _copy_padded(builder: Any, buffer: Any, source: Any, size: Any, capacity: int) -> Any:
+def copy_padded(builder: Any, buffer: Any, source: Any, size: Any, capacity: int) -> Any:
     """Copy `size` bytes at `source` into the stack `buffer` of `capacity`, zeros behind; its address."""
     cgutils.memset(builder, buffer, I64(capacity), 0)
     cgutils.raw_memcpy(builder, buffer, pointer(builder, source, I8), size, 1)
@@ -113,7 +113,7 @@ class _Dot:
         activations = [load_floats(builder, self._x_address(x, column), self.width) for x in self.xs]
         for i, weights in enumerate(load_codes(builder, self.form, row, self.width)):
             for x, place in zip(activations, sums, strict=True):
-                builder.store(_fma(builder, weights, x[i], builder.load(place)), place)
+                builder.store(fma(builder, weights, x[i], builder.load(place)), place)
 
     def _add_parts(self, rows: list[Any], column: Any) -> None:
         """Vector by vector: few registers besides the sums."""
@@ -124,7 +124,7 @@ class _Dot:
             for row, sums in zip(rows, self.block_sums, strict=True):
                 weights = load_part(builder, self.form, row, self.width, i)
                 for x, place in zip(activations, sums, strict=True):
-                    builder.store(_fma(builder, weights, x, builder.load(place)), place)
+                    builder.store(fma(builder, weights, x, builder.load(place)), place)
 
     def _x_address(self, x: Any, column: Any) -> Any:
         return self.builder.add(x, self.builder.mul(column, I64(4)))
@@ -187,7 +187,7 @@ class _Dot:
         builder = self.builder
         offset, size = (builder.mul(value, I64(self.itemsize)) for value in (start, count))
         rows = [
-            _copy_padded(builder, buffer, builder.add(row, offset), size, self.step * self.itemsize)
+            copy_padded(builder, buffer, builder.add(row, offset), size, self.step * self.itemsize)
             for buffer, row in zip(self.tails, self.rows, strict=True)
         ]
         self.add_step(rows, start)
@@ -219,18 +219,18 @@ class _Dot:
         builder = self.builder
         for row, sums, block_sums in zip(self.scales, self.sums, self.block_sums, strict=True):
             scale = builder.load(pointer(builder, builder.add(row, offset), F32), align=1)
-            factor = _splat(builder, scale, self.width)
+            factor = splat(builder, scale, self.width)
             for total, part in zip(sums, block_sums, strict=True):
-                builder.store(_fma(builder, builder.load(part), factor, builder.load(total)), total)
+                builder.store(fma(builder, builder.load(part), factor, builder.load(total)), total)
 
     def emit(self, columns: Any, out: Any, stride: Any, ahead: list[Any]) -> None:
         """out[t * stride + r] += row r times token t."""
         builder = self.builder
         with cgutils.for_range_slice(builder, I64(0), columns, I64(TILE)) as (tile, _):
-            tile_end = _minimum(builder, builder.add(tile, I64(TILE)), columns)
+            tile_end = minimum(builder, builder.add(tile, I64(TILE)), columns)
             self.clear(self.sums)
             with cgutils.for_range_slice(builder, tile, tile_end, I64(BLOCK)) as (start, _):
-                self.add_block(start, _minimum(builder, builder.add(start, I64(BLOCK)), tile_end), ahead)
+                self.add_block(start, minimum(builder, builder.add(start, I64(BLOCK)), tile_end), ahead)
             for t in range(len(self.xs)):
                 total = _sum_rows(builder, [builder.load(row[t]) for row in self.sums], self.width)
                 address = builder.add(out, builder.mul(stride, I64(4 * t)))
@@ -296,7 +296,7 @@ def widen_vectors(
             place = cgutils.alloca_once_value(builder, address)
             with builder.if_then(builder.icmp_signed("<", rest, I64(step)), likely=False):
                 size_left = builder.mul(rest, I64(size))
-                builder.store(_copy_padded(builder, buffer, address, size_left, step * size), place)
+                builder.store(copy_padded(builder, buffer, address, size_left, step * size), place)
             to = builder.add(target, builder.mul(column, I64(4)))
             at = builder.load(place)
             _store_step(builder, load_weights(builder, form.value, at, width), to)

@@ -68,7 +68,7 @@ def space_offsets(count: int, top_k: int, tokens: int, hidden: int, intermediate
 
 
 @jit
-def _sort_pairs(job: Any) -> None:
+def sort_pairs(job: Any) -> None:
     """Find the touched experts and each one's pairs, in the tokens' order."""
     ids, weights = integers(job.ids), floats(job.weights)
     experts, starts = integers(job.experts), integers(job.starts)
@@ -101,7 +101,7 @@ def _sort_pairs(job: Any) -> None:
 
 
 @jit
-def _matrix(job: Any, touched: int, which: int) -> tuple[int, int]:
+def matrix_of(job: Any, touched: int, which: int) -> tuple[int, int]:
     """Addresses of a touched expert's matrix and of its scales."""
     expert = integers(job.experts)[touched]
     row = integers(job.table + expert * TABLE_COLUMNS * 8)
@@ -119,8 +119,8 @@ def _up_chunk(job: Any, scratch: int, touched: int, start: int, after: int) -> N
     starts = integers(job.starts)
     pair_tokens = integers(job.pair_tokens)
     factors = floats(job.factors)
-    gate, gate_scale = _matrix(job, touched, GATE)
-    up, up_scale = _matrix(job, touched, UP)
+    gate, gate_scale = matrix_of(job, touched, GATE)
+    up, up_scale = matrix_of(job, touched, UP)
     rows = min(UP_ROWS, job.intermediate - start)
     padded, x_bytes = (rows + 3) // 4 * 4, 4 * padded_columns(job.hidden)
     xs, gate_out, up_out = scratch + ADDRESSES, scratch + OUTPUTS, scratch + OUTPUTS + OUTPUT_BYTES
@@ -148,7 +148,7 @@ def _up_chunk(job: Any, scratch: int, touched: int, start: int, after: int) -> N
 @jit
 def _down_rows(job: Any, touched: int, start: int) -> int:
     """Address of rows `start` on of a touched expert's down."""
-    return _matrix(job, touched, DOWN)[0] + (start * job.intermediate << job.down_number)
+    return matrix_of(job, touched, DOWN)[0] + (start * job.intermediate << job.down_number)
 
 
 @jit
@@ -165,7 +165,7 @@ def _down_chunk(job: Any, scratch: int, start: int, after: int) -> None:
     for t in range(job.tokens):
         clear(job.y + t * job.y_stride + 4 * start, rows)
     for touched in range(job.touched):
-        data, scale = _matrix(job, touched, DOWN)
+        data, scale = matrix_of(job, touched, DOWN)
         following = _down_rows(job, touched + 1, start) if touched + 1 < job.touched else after
         for begin in range(starts[touched], starts[touched + 1], TOKENS):
             tokens = min(TOKENS, starts[touched + 1] - begin)
@@ -210,7 +210,7 @@ def experts_job(level: Static) -> Any:
         job = record(args, _EXPERTS)
         scratch = job.scratch + lane * SCRATCH_BYTES
         if lane == 0:
-            _sort_pairs(job)
+            sort_pairs(job)
         _arrange_rows(
             level, job.up_number, job.x, job.x_stride, job.tokens, job.hidden, job.arranged, job.factors, control, 0
         )  # fmt: skip
@@ -225,7 +225,7 @@ def experts_job(level: Static) -> Any:
         while number < count:
             following, turn = claim_near(control, lane, 0, job.touched, chunks, turn)
             if following < count:
-                after = _matrix(job, following // chunks, GATE)[0]
+                after = matrix_of(job, following // chunks, GATE)[0]
                 after += following % chunks * UP_ROWS * job.hidden << job.up_number
             else:
                 after = _down_rows(job, 0, min(down, job.hidden - 1))

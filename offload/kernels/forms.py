@@ -114,14 +114,20 @@ def _mend_rare(builder: Any, bits: Any, width: int) -> Any:
 
 def _shifted(builder: Any, address: Any, width: int, offset: int) -> list[Any]:
     """Codes 4i, 4i + 1, 4i + 2 and 4i + 3 of a step, as the bits of float32."""
-    short, wide, count = vector(I16, 2 * width), vector(I32, width), 2 * width
-    codes = builder.bitcast(load(builder, address, I8, 4 * width), short)
-    odd = builder.ashr(codes, constant(I16, count, 4))
-    even = builder.ashr(builder.shl(codes, constant(I16, count, 8)), constant(I16, count, 4))
-    odd, even = builder.bitcast(odd, wide), builder.bitcast(even, wide)
+    wide = vector(I32, width)
+    even, odd = (builder.bitcast(bits, wide) for bits in shifted_codes(builder, address, width))
     up, mask = constant(I32, width, 16), constant(I32, width, _PLACED)
     placed = [builder.and_(bits, mask) for bits in (builder.shl(even, up), builder.shl(odd, up), even, odd)]
     return [builder.or_(bits, constant(I32, width, offset)) for bits in placed] if offset else placed
+
+
+def shifted_codes(builder: Any, address: Any, width: int) -> list[Any]:
+    """A step's even and odd codes in 16-bit lanes: the sign on top, exponent and mantissa 4 bits below, and
+    other bits where they leave room."""
+    count = 2 * width
+    codes = builder.bitcast(load(builder, address, I8, 4 * width), vector(I16, count))
+    up, down = constant(I16, count, 8), constant(I16, count, 4)
+    return [builder.ashr(builder.shl(codes, up), down), builder.ashr(codes, down)]
 
 
 def _half_codes(builder: Any, codes: Any, width: int) -> list[Any]:

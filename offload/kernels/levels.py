@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from offload.errors import UsageError
-from offload.hardware import cpu_features, cpu_vendor
+from offload.hardware import cpu_features, cpu_vendor, may_use_tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,19 +16,23 @@ class Level:
         width: float32 lanes of a vector; 1 is plain loops with no vector code of ours.
         features: CPU flags (as in /proc/cpuinfo) without which it must not be compiled or run.
         codes: the form (forms.py) in which fp8 codes are read.
+        tiles: whether prefill runs on AMX tiles (tiles.py).
     """
 
     name: str
     width: int
     features: tuple[str, ...]
     codes: str = "offset"
+    tiles: bool = False
 
 
 _BASE = ("avx2", "fma", "f16c")
+_WIDE = (*_BASE, "avx512f", "avx512bw", "avx512vl", "avx512dq")
 LEVELS = {
     level.name: level
     for level in (  # best first
-        Level("avx512", 16, (*_BASE, "avx512f", "avx512bw", "avx512vl", "avx512dq")),
+        Level("amx", 16, (*_WIDE, "amx_tile", "amx_bf16"), tiles=True),
+        Level("avx512", 16, _WIDE),
         Level("avx2", 8, _BASE),
         Level("portable", 1, (), "half"),
     )
@@ -36,8 +40,9 @@ LEVELS = {
 
 
 def missing_features(level: Level) -> list[str]:
-    """The features that `level` needs and this CPU lacks."""
-    return [name for name in level.features if name not in cpu_features()]
+    """The features that `level` needs and this CPU lacks, or that Linux refuses."""
+    missing = [name for name in level.features if name not in cpu_features()]
+    return ["amx_tile"] if level.tiles and not missing and not may_use_tiles() else missing
 
 
 def _for_this_cpu(level: Level) -> Level:

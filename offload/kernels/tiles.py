@@ -1,0 +1,317 @@
+"""Intel AMX: 32 weight rows x 16 or 32 tokens at a time, with float32 results, for prefill.
+
+`tdpbf16ps` adds products of two bfloat16 tiles to a float32 tile. An e4m3 code is a bfloat16 exactly, and a
+float32 activation is exactly the sum of three (its leading eight bits, the next eight, the rest), so three
+products give float32's precision at a third of AMX's rate, still ten times that of AVX512. AMX takes subnormal
+numbers for zero: tokens are brought near 1 by a power of two first.
+
+Layouts, all in steps of 64 columns. The weights of 32 rows ("A"): for each step its even, then its odd columns;
+of those two tiles of 16 rows; a row is 32 bfloat16. 16 tokens ("B"): for each step even, odd; of those three
+tiles, one for each piece; in row k the columns 4k and 4k + 2 (odd: 4k + 1, 4k + 3) of each token. Sums: float32
+[rows, stride], tokens side by side.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from offload.kernels.dot import BLOCK, copy_padded, fma, minimum, splat
+from offload.kernels.forms import F32, I16, constant, load, pick, rare_codes, shifted_codes, vector
+from offload.kernels.intrinsics import I8, I32, I64, declare, emit_prefetch, pointer
+
+TILE_ROWS = 32  # weight rows that are multiplied at once
+LANES = 16  # tokens of a tile
+STEP = 64  # columns
+PIECES = 3
+TILE = 1024  # bytes
+A_STEP = 2 * 2 * TILE
+B_STEP = 2 * PIECES * TILE
+_VOID, _ADDRESS = ir.VoidType(), I8.as_pointer()
+_SUMS, _A, _B = range(4), (4, 5), (6, 7)  # the eight tile registers
+_KEPT, _OFFSET = 0x87F0, 0x3800  # of a code in 16 bits: sign, exponent, mantissa; and what makes it value x 2^-8
+CODES_FACTOR = 256.0  # makes up for that
+
+
+def _tile(builder: Any, name: str, *arguments: Any) -> None:
+    """One tile instruction; tile registers and addresses in its order."""
+    values = [I8(a) if isinstance(a, int) else a for a in arguments]
+    builder.call(declare(builder, f"llvm.x86.{name}", _VOID, [v.type for v in values]), values)
+
+
+def _load_tile(builder: Any, register: int, address: Any) -> None:
+    _tile(builder, "tileloadd64", register, pointer(builder, address, I8), I64(64))
+
+
+@intrinsic
+def configure_tiles(_context: Any) -> Any:
+    """Make all eight tile registers of this thread 16 rows of 64 bytes; `release_tiles` in the end."""
+
+    def generate(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        config = bytes([1] + 15 * [0] + 8 * [64, 0] + 16 * [0] + 8 * [16] + 8 * [0])
+        place = cgutils.alloca_once_value(builder, cgutils.make_bytearray(config))
+        _tile(builder, "ldtilecfg", builder.bitcast(place, _ADDRESS))
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def release_tiles(_context: Any) -> Any:
+    """Give the tile registers back: a thread that holds none is cheaper to switch."""
+
+    def generate(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        _tile(builder, "tilerelease")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+def _bfloats(builder: Any, address: Any) -> list[Any]:
+    """64 codes without rare ones as <32 x bfloat16 bits> of value x 2^-8: even columns, odd columns."""
+    kept, offset = constant(I16, 32, _KEPT), constant(I16, 32, _OFFSET)
+    return [
+        builder.or_(builder.and_(bits, kept), offset) for bits in shifted_codes(builder, address, LANES)
+    ]
+
+
+def _mend_rare(builder: Any, bits: Any) -> Any:
+    """Such bits with those of zero exponent put right: such a code, mantissa m, is 2^-14 m / 8."""
+    table = [0, 0x3700, 0x3780, 0x37C0, 0x3800, 0x3820, 0x3840, 0x3860] * 4  # bfloat16 of that
+    wide = vector(I16, 32)
+    mantissas = builder.lshr(bits, constant(I16, 32, 4))  # of an index, the instruction takes the low 5 bits
+    lookup = declare(builder, "llvm.x86.avx512.permvar.hi.512", wide, [wide, wide])
+    values = builder.call(lookup, [ir.Constant(wide, table), mantissas])
+    mended = builder.or_(values, builder.and_(bits, constant(I16, 32, 0x8000)))
+    exponents = builder.and_(bits, constant(I16, 32, 0x0780))
+    rare = builder.icmp_unsigned("==", exponents, constant(I16, 32, 0))
+    return builder.select(rare, mended, bits)
+
+
+def _store_bfloats(builder: Any, parts: list[Any], target: Any) -> None:
+    for i, part in enumerate(parts):
+        at = builder.add(target, I64(2 * TILE * i))
+        builder.store(part, pointer(builder, at, part.type), align=64)
+
+
+@intrinsic
+def widen_tile_row(_context: Any, source: Any, columns: Any, target: Any, ahead: Any) -> Any:
+    """Write a row's `columns` codes at `source` to its place `target` in an A of 32 rows, zeros up to a whole
+    step behind. The same columns of the row at `ahead` are prefetched."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        source, columns, target, ahead = args
+        buffer = cgutils.alloca_once(builder, I8, STEP)
+        place = cgutils.alloca_once(builder, I64)
+        with cgutils.for_range_slice(builder, I64(0), columns, I64(STEP)) as (column, _):
+            emit_prefetch(builder, builder.add(ahead, column), 2)
+            builder.store(builder.add(source, column), place)
+            rest = builder.sub(columns, column)
+            with builder.if_then(builder.icmp_signed("<", rest, I64(STEP)), likely=False):
+                builder.store(copy_padded(builder, buffer, builder.load(place), rest, STEP), place)
+            codes = builder.load(place)
+            to = builder.add(target, builder.mul(column, I64(A_STEP // STEP)))
+            parts = _bfloats(builder, codes)
+            _store_bfloats(builder, parts, to)
+            rare = builder.bitcast(rare_codes(builder, codes, LANES), I64)
+            with builder.if_then(builder.icmp_unsigned("!=", rare, I64(0)), likely=False):
+                _store_bfloats(builder, [_mend_rare(builder, bits) for bits in parts], to)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
+
+
+@intrinsic
+def transpose_floats(_context: Any, addresses: Any, offset: Any, target: Any) -> Any:
+    """target[c, n] = float32 c, of 16, at the int64 address n, of 16, plus `offset`."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        addresses, offset, target = args
+        rows = []
+        for n in range(LANES):
+            row = builder.load(pointer(builder, builder.add(addresses, I64(8 * n)), I64))
+            rows.append(load(builder, builder.add(row, offset), F32, LANES))
+        for c, column in enumerate(_transposed(builder, rows)):
+            at = builder.add(target, I64(TILE // LANES * c))
+            builder.store(column, pointer(builder, at, column.type), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate
+
+
+def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """16 vectors of 16, exchanged in blocks of 1, 2, 4, 8."""
+    for size in (1, 2, 4, 8):
+        upper = [lane ^ size ^ 16 if lane & size else lane for lane in range(LANES)]
+        lower = [lane + 16 if lane & size else lane + size for lane in range(LANES)]
+        for i in (i for i in range(LANES) if not i & size):
+            a, b = rows[i], rows[i + size]
+            rows[i], rows[i + size] = pick(builder, a, b, upper), pick(builder, a, b, lower)
+    return rows
+
+
+@intrinsic
+def pack_tokens(_context: Any, source: Any, columns: Any, scales: Any, target: Any) -> Any:
+    """Write 16 tokens, float32 [columns, 16] times float32 `scales` [16], as a B, zeros up to a whole step."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        source, columns, scales, target = args
+        buffer = cgutils.alloca_once(builder, I8, TILE)
+        place = cgutils.alloca_once(builder, I64)
+        scale = load(builder, scales, F32, LANES)
+        whole = builder.mul(builder.sdiv(builder.add(columns, I64(STEP - 1)), I64(STEP)), I64(STEP))
+        with cgutils.for_range_slice(builder, I64(0), whole, I64(16)) as (column, _):
+            builder.store(builder.add(source, builder.mul(column, I64(4 * LANES))), place)
+            rest = builder.sub(columns, column)
+            with builder.if_then(builder.icmp_signed("<", rest, I64(16)), likely=False):
+                some = builder.select(builder.icmp_signed(">", rest, I64(0)), rest, I64(0))
+                size = builder.mul(some, I64(4 * LANES))
+                builder.store(copy_padded(builder, buffer, builder.load(place), size, TILE), place)
+            at = builder.load(place)
+            step, quarter = builder.sdiv(column, I64(STEP)), builder.srem(column, I64(STEP))
+            to = builder.add(target, builder.mul(step, I64(B_STEP)))
+            to = builder.add(to, builder.mul(quarter, I64(4 * 64 // 16)))
+            for odd in range(2):
+                for k in range(4):
+                    pair = [load(builder, builder.add(at, I64(64 * (4 * k + odd + i))), F32, LANES) for i in (0, 2)]
+                    pair = [builder.fmul(x, scale) for x in pair]
+                    for piece, bits in enumerate(_pieces(builder, *pair)):
+                        there = builder.add(to, I64(TILE * (PIECES * odd + piece) + 64 * k))
+                        builder.store(bits, pointer(builder, there, bits.type), align=64)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
+
+
+def _pieces(builder: Any, a: Any, b: Any) -> list[Any]:
+    """The three bfloat16 pieces of two vectors of float32, those of `a` in the low halves."""
+    wide, single = vector(I32, LANES), vector(F32, LANES)
+    upper, half = constant(I32, LANES, 0xFFFF0000), constant(I32, LANES, 16)
+    pieces = []
+    for i in range(PIECES):
+        leading = [builder.and_(builder.bitcast(x, wide), upper) for x in (a, b)]
+        pieces.append(builder.or_(builder.lshr(leading[0], half), leading[1]))
+        if i < PIECES - 1:
+            a, b = (builder.fsub(x, builder.bitcast(y, single)) for x, y in zip((a, b), leading, strict=True))
+    return pieces
+
+
+@intrinsic
+def multiply_tiles(
+    _context: Any, a: Any, bs: Any, columns: Any, scale: Any, out: Any, stride: Any
+) -> Any:
+    """out[r, 16 j + n] += row r of the A at `a` . token n of the B at bs[j], for a tuple of one or two of them.
+
+    `scale`: address of the first of the rows' block scales; `out` of float32, `stride` the bytes of its rows.
+    """
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        a, bs, columns, scale, out, stride = args
+        _Multiply(builder, a, cgutils.unpack_tuple(builder, bs)).emit(columns, scale, out, stride)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, bs, *[types.int64] * 4), generate
+
+
+class _Multiply:
+    """Emits the products of an A with one or two Bs, block by block."""
+
+    def __init__(self, builder: Any, a: Any, bs: list[Any]) -> None:
+        self.builder, self.a, self.bs = builder, a, bs
+        self.sums = [(i, j, _SUMS[2 * i + j]) for i in range(2) for j in range(len(bs))]
+        self.buffer = cgutils.alloca_once(builder, ir.ArrayType(I8, TILE), 4)
+        self.buffer.align = 64
+
+    def emit(self, columns: Any, scale: Any, out: Any, stride: Any) -> None:
+        """Add the scaled sums of every block to `out`."""
+        builder = self.builder
+        with cgutils.for_range_slice(builder, I64(0), columns, I64(BLOCK)) as (start, _):
+            for _, _, register in self.sums:
+                _tile(builder, "tilezero", register)
+            end = minimum(builder, builder.add(start, I64(BLOCK)), columns)
+            with cgutils.for_range_slice(builder, start, end, I64(STEP)) as (column, _):
+                self.add_step(column)
+            at = builder.add(scale, builder.mul(builder.sdiv(start, I64(BLOCK)), I64(4)))
+            self.add_block(builder.load(pointer(builder, at, F32), align=4), out, stride)
+
+    def add_step(self, column: Any) -> None:
+        """Add the products of a step to the sums in the tile registers."""
+        builder = self.builder
+        step = builder.sdiv(column, I64(STEP))
+        a = builder.add(self.a, builder.mul(step, I64(A_STEP)))
+        bs = [builder.add(b, builder.mul(step, I64(B_STEP))) for b in self.bs]
+        for odd in range(2):
+            for i in range(2):
+                _load_tile(builder, _A[i], builder.add(a, I64(TILE * (2 * odd + i))))
+            for piece in range(PIECES):
+                for j, b in enumerate(bs):
+                    _load_tile(builder, _B[j], builder.add(b, I64(TILE * (PIECES * odd + piece))))
+                for i, j, register in self.sums:
+                    _tile(builder, "tdpbf16ps", register, _A[i], _B[j])
+
+    def add_block(self, scale: Any, out: Any, stride: Any) -> None:
+        """out += the sums times `scale`."""
+        builder = self.builder
+        buffer = builder.ptrtoint(self.buffer, I64)
+        for _, _, register in self.sums:
+            at = pointer(builder, builder.add(buffer, I64(TILE * register)), I8)
+            _tile(builder, "tilestored64", register, at, I64(64))
+        factor = splat(builder, scale, LANES)
+        for i, j, register in self.sums:
+            for r in range(LANES):
+                at = builder.add(out, builder.add(builder.mul(stride, I64(LANES * i + r)), I64(64 * j)))
+                place = pointer(builder, at, vector(F32, LANES))
+                part = load(builder, builder.add(buffer, I64(TILE * register + 64 * r)), F32, LANES)
+                builder.store(fma(builder, part, factor, builder.load(place, align=64)), place, align=64)
+
+
+@intrinsic
+def swiglu_tokens(
+    _context: Any, gate: Any, up: Any, stride: Any, rows: Any, factors: Any, target: Any
+) -> Any:
+    """target[r, n] = silu(g) u, g and u being row r of gate and up [rows, stride bytes], times factors[n], of
+    16 tokens; target is float32 [rows, 16]."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        gate, up, stride, rows, factors, target = args
+        factor, one = load(builder, factors, F32, LANES), constant(F32, LANES, 1.0)
+        with cgutils.for_range(builder, rows) as loop:
+            offset = builder.mul(loop.index, stride)
+            g, u = (
+                builder.fmul(load(builder, builder.add(base, offset), F32, LANES), factor) for base in (gate, up)
+            )
+            gated = builder.fdiv(g, builder.fadd(one, _exp(builder, builder.fneg(g))))
+            at = builder.add(target, builder.mul(loop.index, I64(4 * LANES)))
+            builder.store(builder.fmul(gated, u), pointer(builder, at, u.type), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), generate
+
+
+def _exp(builder: Any, x: Any) -> Any:
+    """e^x of float32, to 2 in the last place: 2^n e^r, n the nearest whole number to x / ln 2, |r| < 0.35, by
+    the Taylor series of degree 7. n is capped where the result is 0 or infinite anyway."""
+    wide, kind = vector(I32, x.type.count), x.type
+
+    def number(value: float) -> Any:
+        return constant(F32, kind.count, value)
+
+    def call(name: str, *values: Any) -> Any:
+        function = declare(builder, f"llvm.{name}.v{kind.count}f32", kind, [kind] * len(values))
+        return builder.call(function, list(values))
+
+    n = call("nearbyint", builder.fmul(x, number(1.44269504)))
+    n = call("maximum", call("minimum", n, number(250.0)), number(-250.0))
+    r = fma(builder, n, number(-0.693359375), x)  # ln 2 in two parts, the first exact in 9 bits
+    r = fma(builder, n, number(2.12194440e-4), r)
+    total = number(1 / 5040)
+    for term in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+        total = fma(builder, total, r, number(term))
+    whole = builder.fptosi(n, wide)
+    half = builder.ashr(whole, constant(I32, kind.count, 1))
+    for part in (half, builder.sub(whole, half)):  # 2^n itself may not be a float32
+        power = builder.shl(builder.add(part, constant(I32, kind.count, 127)), constant(I32, kind.count, 23))
+        total = builder.fmul(total, builder.bitcast(power, kind))
+    return total
