@@ -23,7 +23,7 @@ Model = Annotated[
 ]
 PromptTokens = Annotated[int, typer.Option(min=1, help="Random tokens that come before.")]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Default: one a physical core.")]
-Level = Annotated[str | None, typer.Option(help="avx512, avx2 or portable; default: the best.")]
+Level = Annotated[str | None, typer.Option(help="amx, avx512, avx2 or portable; default: the best.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
 

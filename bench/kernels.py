@@ -277,7 +277,9 @@ def kernels(
     top_k: Annotated[int, typer.Option(help="Experts of a token.")] = 8,
     tokens: Annotated[str, typer.Option(help="Counts of tokens, comma-separated.")] = "1,2,4,8,16,64,256,512",
     threads: Annotated[int | None, typer.Option(help="Lanes; default: physical cores.")] = None,
-    level: Annotated[str | None, typer.Option(help="avx512, avx2 or portable; default: the best.")] = None,
+    level: Annotated[
+        str | None, typer.Option(help="amx, avx512, avx2 or portable; default: the best.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Measure one MoE layer's routed experts on this machine."""

@@ -26,7 +26,7 @@ Threads = Annotated[
     int | None, typer.Option("--threads", "-t", min=1, help="CPU threads. Default: one a physical core.")
 ]
 Level = Annotated[
-    Literal["avx512", "avx2", "portable"] | None,
+    Literal["amx", "avx512", "avx2", "portable"] | None,
     typer.Option(help="Vector instructions of the CPU kernels. Default: the best this CPU has."),
 ]
 Context = Annotated[
@@ -59,7 +59,7 @@ def loaded_engine(
     experts: Literal["auto", "mmap"],
     threads: int | None,
     context: int | None,
-    level: Literal["avx512", "avx2", "portable"] | None,
+    level: Literal["amx", "avx512", "avx2", "portable"] | None,
 ) -> "Iterator[Engine]":
     """An engine, loaded behind a progress bar on stderr and closed at the end."""
     from cli.progress import SlowBar

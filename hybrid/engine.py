@@ -147,7 +147,7 @@ class Engine:
             ram, vram: bytes; limits for expert stores that manage their own memory (none does yet).
             threads: worker threads; None: one a physical core.
             context: tokens a sequence may have; None: the model's, as far as a quarter of the free memory goes.
-            level: the CPU kernels' vector instructions: "avx512", "avx2" or "portable"; None: the best there is.
+            level: the CPU kernels' vector instructions: "amx", "avx512", "avx2" or "portable"; None: the best there is.
             progress: called with what is being done and how much of it is done, 0 to 1.
 
         Raises:

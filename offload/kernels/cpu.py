@@ -13,15 +13,11 @@ from offload.kernels.experts import EXPERTS, TABLE_COLUMNS, down_rows, experts_j
 from offload.kernels.jit import Static
 from offload.kernels.levels import choose_level
 from offload.kernels.linear import LINEAR, MAX_ABSORBED_COLUMNS, SCRATCH_BYTES, absorb_job, linear_job
-from offload.kernels.prefill import (
-    PREFILL,
-    PREFILL_SCRATCH_BYTES,
-    chunk_rows,
-    prefill_job,
-    prefill_offsets,
-)
+from offload.kernels.prefill import PREFILL, prefill_job, prefill_offsets
 from offload.kernels.project import BF16_NUMBER, F32_NUMBER, FP8_NUMBER, compile_project
 from offload.kernels.scan import CHUNK, SCAN, scan_job
+from offload.kernels.tile_linear import TILE_LINEAR, tile_linear_job
+from offload.kernels.tile_product import TILES_BYTES, chunk_rows
 from offload.workers import Workers
 
 _NUMBERS = {
@@ -34,9 +30,9 @@ _KERNELS: dict[str, Callable[[Static], Any]] = {
     "experts": experts_job,
     "linear": linear_job,
     "absorb": absorb_job,
-    "prefill": prefill_job,  # levels with tiles only
     "scan": lambda _: scan_job(),
 }
+_TILE_KERNELS: dict[str, Callable[[Static], Any]] = {"prefill": prefill_job, "tile_linear": tile_linear_job}
 CHUNK_BYTES = 256 << 10  # of weights, a chunk of a linear layer
 KEPT_SPACE = 16 << 20  # a decode step of some dozens of sequences at K2's sizes
 
@@ -67,8 +63,9 @@ def _strided(x: Tensor) -> Tensor:
 class CpuKernels:
     """Products with weights in the checkpoint's own bytes, on worker threads.
 
-    A token's result has the same bits whatever other tokens share the call, whatever the number of threads,
-    and whatever `decode`. One call at a time runs; further callers wait.
+    A token's result has the same bits whatever other tokens share the call and whatever the number of threads.
+    `decode` says which rows a call is of: those of prefill may take AMX tiles, which sum in another order. One call
+    at a time runs; further callers wait.
 
     Args:
         threads: lanes, the calling thread included; None: one for each physical core allowed.
@@ -83,7 +80,7 @@ class CpuKernels:
         chosen = choose_level(level)
         self.level = chosen.name
         self._level = Static(chosen)
-        self._names = [name for name in _KERNELS if name != "prefill" or chosen.tiles]
+        self._kernels = _KERNELS | (_TILE_KERNELS if chosen.tiles else {})
         self._addresses: dict[str, int] = {}
         self.workers = Workers(threads)
         self.threads = self.workers.threads
@@ -94,18 +91,18 @@ class CpuKernels:
 
     def warm_up(self) -> None:
         """Compile every kernel, or load it from the cache, so that no later call has to."""
-        for name in self._names:
+        for name in self._kernels:
             self._address(name)
 
     @property
     def warmed(self) -> float:
         """How much of `warm_up` is done, 0 to 1; may be asked from another thread."""
-        return len(self._addresses) / len(self._names)
+        return len(self._addresses) / len(self._kernels)
 
     def _address(self, name: str) -> int:
         """A compiled kernel's address, compiled on first use."""
         if name not in self._addresses:
-            self._addresses[name] = _KERNELS[name](self._level).address
+            self._addresses[name] = self._kernels[name](self._level).address
         return self._addresses[name]
 
     def run(self, job_address: int, args_address: int) -> None:
@@ -153,8 +150,27 @@ class CpuKernels:
         assert x.ndim == 2 and x.shape[1] == columns, (x.shape, weight.shape)
         x = _strided(x)
         y = torch.empty(x.shape[0], rows)
+        if self._on_tiles(decode, weight):
+            self._linear_on_tiles(x, weight, y)
+            return y
         self._grouped("linear", x[:, None], weight, y[:, None], groups=1, group_rows=rows, first=0, rows=rows)
         return y
+
+    def _on_tiles(self, decode: bool, *weights: Weight) -> bool:
+        """Whether products with these weights run on AMX tiles: never a decode row's, whatever their number."""
+        fp8 = all(weight.data.dtype == torch.float8_e4m3fn for weight in weights)
+        return bool(self._level.value.tiles) and not decode and fp8
+
+    def _linear_on_tiles(self, x: Tensor, weight: Weight, y: Tensor) -> None:
+        (rows, columns), (data, scale) = weight.shape, addresses(weight)
+        scales = torch.empty(len(x))
+        args = _record(
+            TILE_LINEAR,
+            data=data, scale=scale, rows=rows, columns=columns, chunk=chunk_rows(rows, self.threads),
+            tokens=len(x), x=x.data_ptr(), x_stride=4 * x.stride(0), y=y.data_ptr(), y_stride=4 * rows,
+            scales=scales.data_ptr(), scratch=self._tile_scratch(),
+        )  # fmt: skip
+        self.workers.run(self._address("tile_linear"), args.ctypes.data)
 
     def absorb_query(self, q_nope: Tensor, kv_b: Weight, v_head_dim: int) -> Tensor:
         """q_nope W_UK, head by head.
@@ -267,15 +283,14 @@ class CpuKernels:
             "ids": ids.data_ptr(), "weights": weights.data_ptr(), "top_k": top_k, "tokens": tokens,
             "x": x.data_ptr(), "x_stride": 4 * x.stride(0), "y": y.data_ptr(), "y_stride": 4 * hidden,
         }  # fmt: skip
-        numbers = format_number(up), format_number(down)
-        if self._level.value.tiles and not decode and numbers == (FP8_NUMBER, FP8_NUMBER):
+        if self._on_tiles(decode, *like):
             return y, self._run_with_space(
                 "prefill", PREFILL, prefill_offsets(*sizes), **given, scratch=self._tile_scratch(),
                 up_rows=chunk_rows(intermediate, self.threads), down_rows=chunk_rows(hidden, self.threads),
             )  # fmt: skip
         return y, self._run_with_space(
             "experts", EXPERTS, space_offsets(*sizes), **given, scratch=self._scratch_address,
-            up_number=numbers[0], down_number=numbers[1], project=self._address("project"),
+            up_number=format_number(up), down_number=format_number(down), project=self._address("project"),
             down_rows=down_rows(hidden, self.threads),
         )  # fmt: skip
 
@@ -292,7 +307,7 @@ class CpuKernels:
     def _tile_scratch(self) -> int:
         """Address of every lane's scratch for tiles, made on first use."""
         if self._tiles is None:
-            self._tiles = torch.empty(self.threads * PREFILL_SCRATCH_BYTES, dtype=torch.uint8)
+            self._tiles = torch.empty(self.threads * TILES_BYTES, dtype=torch.uint8)
         return self._tiles.data_ptr()
 
     def _space_of(self, size: int) -> Tensor:

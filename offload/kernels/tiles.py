@@ -1,12 +1,12 @@
-"""Intel AMX: 32 weight rows x 16 or 32 tokens at a time, with float32 results, for prefill.
+"""Intel AMX: 64 weight rows x 16 tokens at a time, with float32 results, for prefill.
 
 `tdpbf16ps` adds products of two bfloat16 tiles to a float32 tile. An e4m3 code is a bfloat16 exactly, and a
 float32 activation is exactly the sum of three (its leading eight bits, the next eight, the rest), so three
 products give float32's precision at a third of AMX's rate, still ten times that of AVX512. AMX takes subnormal
 numbers for zero: tokens are brought near 1 by a power of two first.
 
-Layouts, all in steps of 64 columns. The weights of 32 rows ("A"): for each step its even, then its odd columns;
-of those two tiles of 16 rows; a row is 32 bfloat16. 16 tokens ("B"): for each step even, odd; of those three
+Layouts, all in steps of 64 columns. The weights of 64 rows ("A"): for each step its even, then its odd columns;
+of those four tiles of 16 rows; a row is 32 bfloat16. 16 tokens ("B"): for each step even, odd; of those three
 tiles, one for each piece; in row k the columns 4k and 4k + 2 (odd: 4k + 1, 4k + 3) of each token. Sums: float32
 [rows, stride], tokens side by side.
 """
@@ -22,16 +22,19 @@ from offload.kernels.dot import BLOCK, copy_padded, fma, minimum, splat
 from offload.kernels.forms import F32, I16, constant, load, pick, rare_codes, shifted_codes, vector
 from offload.kernels.intrinsics import I8, I32, I64, declare, emit_prefetch, pointer
 
-TILE_ROWS = 32  # weight rows that are multiplied at once
+TILE_ROWS = 64  # weight rows that are multiplied at once
 LANES = 16  # tokens of a tile
 STEP = 64  # columns
 PIECES = 3
 TILE = 1024  # bytes
-A_STEP = 2 * 2 * TILE
+A_STEP = 2 * 4 * TILE
 B_STEP = 2 * PIECES * TILE
 _VOID, _ADDRESS = ir.VoidType(), I8.as_pointer()
-_SUMS, _A, _B = range(4), (4, 5), (6, 7)  # the eight tile registers
-_KEPT, _OFFSET = 0x87F0, 0x3800  # of a code in 16 bits: sign, exponent, mantissa; and what makes it value x 2^-8
+_SUMS, _A, _B = range(4), 4, (5, 6, 7)  # the eight tile registers
+_KEPT, _OFFSET = (
+    0x87F0,
+    0x3800,
+)  # of a code in 16 bits: sign, exponent, mantissa; and what makes it value x 2^-8
 CODES_FACTOR = 256.0  # makes up for that
 
 
@@ -72,9 +75,7 @@ def release_tiles(_context: Any) -> Any:
 def _bfloats(builder: Any, address: Any) -> list[Any]:
     """64 codes without rare ones as <32 x bfloat16 bits> of value x 2^-8: even columns, odd columns."""
     kept, offset = constant(I16, 32, _KEPT), constant(I16, 32, _OFFSET)
-    return [
-        builder.or_(builder.and_(bits, kept), offset) for bits in shifted_codes(builder, address, LANES)
-    ]
+    return [builder.or_(builder.and_(bits, kept), offset) for bits in shifted_codes(builder, address, LANES)]
 
 
 def _mend_rare(builder: Any, bits: Any) -> Any:
@@ -92,21 +93,20 @@ def _mend_rare(builder: Any, bits: Any) -> Any:
 
 def _store_bfloats(builder: Any, parts: list[Any], target: Any) -> None:
     for i, part in enumerate(parts):
-        at = builder.add(target, I64(2 * TILE * i))
+        at = builder.add(target, I64(A_STEP // 2 * i))
         builder.store(part, pointer(builder, at, part.type), align=64)
 
 
 @intrinsic
-def widen_tile_row(_context: Any, source: Any, columns: Any, target: Any, ahead: Any) -> Any:
-    """Write a row's `columns` codes at `source` to its place `target` in an A of 32 rows, zeros up to a whole
-    step behind. The same columns of the row at `ahead` are prefetched."""
+def widen_tile_row(_context: Any, source: Any, columns: Any, target: Any) -> Any:
+    """Write a row's `columns` codes at `source` to its place `target` in an A, zeros up to a whole
+    step behind."""
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        source, columns, target, ahead = args
+        source, columns, target = args
         buffer = cgutils.alloca_once(builder, I8, STEP)
         place = cgutils.alloca_once(builder, I64)
         with cgutils.for_range_slice(builder, I64(0), columns, I64(STEP)) as (column, _):
-            emit_prefetch(builder, builder.add(ahead, column), 2)
             builder.store(builder.add(source, column), place)
             rest = builder.sub(columns, column)
             with builder.if_then(builder.icmp_signed("<", rest, I64(STEP)), likely=False):
@@ -120,7 +120,7 @@ def widen_tile_row(_context: Any, source: Any, columns: Any, target: Any, ahead:
                 _store_bfloats(builder, [_mend_rare(builder, bits) for bits in parts], to)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 4), generate
+    return types.void(*[types.int64] * 3), generate
 
 
 @intrinsic
@@ -175,7 +175,10 @@ def pack_tokens(_context: Any, source: Any, columns: Any, scales: Any, target: A
             to = builder.add(to, builder.mul(quarter, I64(4 * 64 // 16)))
             for odd in range(2):
                 for k in range(4):
-                    pair = [load(builder, builder.add(at, I64(64 * (4 * k + odd + i))), F32, LANES) for i in (0, 2)]
+                    pair = [
+                        load(builder, builder.add(at, I64(64 * (4 * k + odd + i))), F32, LANES)
+                        for i in (0, 2)
+                    ]
                     pair = [builder.fmul(x, scale) for x in pair]
                     for piece, bits in enumerate(_pieces(builder, *pair)):
                         there = builder.add(to, I64(TILE * (PIECES * odd + piece) + 64 * k))
@@ -200,35 +203,37 @@ def _pieces(builder: Any, a: Any, b: Any) -> list[Any]:
 
 @intrinsic
 def multiply_tiles(
-    _context: Any, a: Any, bs: Any, columns: Any, scale: Any, out: Any, stride: Any
+    _context: Any, a: Any, b: Any, columns: Any, scale: Any, out: Any, stride: Any, ahead: Any
 ) -> Any:
-    """out[r, 16 j + n] += row r of the A at `a` . token n of the B at bs[j], for a tuple of one or two of them.
+    """out[r, n] += row r of an A . token n of a B.
 
     `scale`: address of the first of the rows' block scales; `out` of float32, `stride` the bytes of its rows.
+    `ahead`: () or (address, bytes from row to row): as many columns of as many rows of codes are prefetched from
+    there, spread evenly, so that memory works while the tiles do.
     """
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        a, bs, columns, scale, out, stride = args
-        _Multiply(builder, a, cgutils.unpack_tuple(builder, bs)).emit(columns, scale, out, stride)
+        a, b, columns, scale, out, stride, ahead = args
+        _Multiply(builder, a, b, cgutils.unpack_tuple(builder, ahead)).emit(columns, scale, out, stride)
         return context.get_dummy_value()
 
-    return types.void(types.int64, bs, *[types.int64] * 4), generate
+    return types.void(*[types.int64] * 6, ahead), generate
 
 
 class _Multiply:
-    """Emits the products of an A with one or two Bs, block by block."""
+    """Emits the products of an A with a B, block by block: the three pieces of the tokens' tile stay in registers
+    while the four tiles of rows pass."""
 
-    def __init__(self, builder: Any, a: Any, bs: list[Any]) -> None:
-        self.builder, self.a, self.bs = builder, a, bs
-        self.sums = [(i, j, _SUMS[2 * i + j]) for i in range(2) for j in range(len(bs))]
-        self.buffer = cgutils.alloca_once(builder, ir.ArrayType(I8, TILE), 4)
+    def __init__(self, builder: Any, a: Any, b: Any, ahead: list[Any]) -> None:
+        self.builder, self.a, self.b, self.ahead = builder, a, b, ahead
+        self.buffer = cgutils.alloca_once(builder, ir.ArrayType(I8, TILE), len(_SUMS))
         self.buffer.align = 64
 
     def emit(self, columns: Any, scale: Any, out: Any, stride: Any) -> None:
         """Add the scaled sums of every block to `out`."""
         builder = self.builder
         with cgutils.for_range_slice(builder, I64(0), columns, I64(BLOCK)) as (start, _):
-            for _, _, register in self.sums:
+            for register in _SUMS:
                 _tile(builder, "tilezero", register)
             end = minimum(builder, builder.add(start, I64(BLOCK)), columns)
             with cgutils.for_range_slice(builder, start, end, I64(STEP)) as (column, _):
@@ -241,30 +246,38 @@ class _Multiply:
         builder = self.builder
         step = builder.sdiv(column, I64(STEP))
         a = builder.add(self.a, builder.mul(step, I64(A_STEP)))
-        bs = [builder.add(b, builder.mul(step, I64(B_STEP))) for b in self.bs]
+        b = builder.add(self.b, builder.mul(step, I64(B_STEP)))
         for odd in range(2):
-            for i in range(2):
-                _load_tile(builder, _A[i], builder.add(a, I64(TILE * (2 * odd + i))))
-            for piece in range(PIECES):
-                for j, b in enumerate(bs):
-                    _load_tile(builder, _B[j], builder.add(b, I64(TILE * (PIECES * odd + piece))))
-                for i, j, register in self.sums:
-                    _tile(builder, "tdpbf16ps", register, _A[i], _B[j])
+            for piece, register in enumerate(_B):
+                _load_tile(builder, register, builder.add(b, I64(TILE * (PIECES * odd + piece))))
+            for i, register in enumerate(_SUMS):
+                _load_tile(builder, _A, builder.add(a, I64(TILE * (4 * odd + i))))
+                self.prefetch(column, range(8 * (4 * odd + i), 8 * (4 * odd + i + 1)))
+                for piece in _B:
+                    _tile(builder, "tdpbf16ps", register, _A, piece)
+
+    def prefetch(self, column: Any, rows: range) -> None:
+        """A step's codes of some rows ahead."""
+        builder = self.builder
+        if self.ahead:
+            base, stride = self.ahead
+            for row in rows:
+                emit_prefetch(
+                    builder, builder.add(base, builder.add(builder.mul(stride, I64(row)), column)), 2
+                )
 
     def add_block(self, scale: Any, out: Any, stride: Any) -> None:
         """out += the sums times `scale`."""
         builder = self.builder
         buffer = builder.ptrtoint(self.buffer, I64)
-        for _, _, register in self.sums:
+        for register in _SUMS:
             at = pointer(builder, builder.add(buffer, I64(TILE * register)), I8)
             _tile(builder, "tilestored64", register, at, I64(64))
         factor = splat(builder, scale, LANES)
-        for i, j, register in self.sums:
-            for r in range(LANES):
-                at = builder.add(out, builder.add(builder.mul(stride, I64(LANES * i + r)), I64(64 * j)))
-                place = pointer(builder, at, vector(F32, LANES))
-                part = load(builder, builder.add(buffer, I64(TILE * register + 64 * r)), F32, LANES)
-                builder.store(fma(builder, part, factor, builder.load(place, align=64)), place, align=64)
+        for r in range(TILE_ROWS):
+            place = pointer(builder, builder.add(out, builder.mul(stride, I64(r))), vector(F32, LANES))
+            part = load(builder, builder.add(buffer, I64(64 * r)), F32, LANES)
+            builder.store(fma(builder, part, factor, builder.load(place, align=64)), place, align=64)
 
 
 @intrinsic
@@ -280,7 +293,8 @@ def swiglu_tokens(
         with cgutils.for_range(builder, rows) as loop:
             offset = builder.mul(loop.index, stride)
             g, u = (
-                builder.fmul(load(builder, builder.add(base, offset), F32, LANES), factor) for base in (gate, up)
+                builder.fmul(load(builder, builder.add(base, offset), F32, LANES), factor)
+                for base in (gate, up)
             )
             gated = builder.fdiv(g, builder.fadd(one, _exp(builder, builder.fneg(g))))
             at = builder.add(target, builder.mul(loop.index, I64(4 * LANES)))

@@ -69,11 +69,12 @@ SHAPES = [(1, 1), (5, 7), (128, 128), (130, 257), (33, 1500), (300, 2049)]
     "codes", [FINITE, NORMAL, SUBNORMAL], ids=["all finite", "normal", "subnormal and zero"]
 )
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_linear_fp8(kernels: CpuKernels, shape: tuple[int, int], codes: list[int]) -> None:
+@pytest.mark.parametrize("decode", [True, False])
+def test_linear_fp8(kernels: CpuKernels, shape: tuple[int, int], codes: list[int], decode: bool) -> None:
     weight = fp8(*shape, codes, seed=shape[0])
     x = torch.randn(5, shape[1], generator=torch.Generator().manual_seed(1))
     wanted = x.double() @ float64(weight).T
-    got = kernels.linear(x, weight, decode=True)
+    got = kernels.linear(x, weight, decode=decode)
     assert error(got, wanted) < 2e-6 if wanted.any() else not got.any()
 
 
@@ -105,11 +106,29 @@ def experts(count: int, hidden: int, intermediate: int, codes: list[int] = FINIT
     ]
 
 
+def test_many_tokens_on_tiles() -> None:
+    """More rows, columns and tokens than one chunk, packing and batch of theirs take."""
+    if missing := missing_features(LEVELS["amx"]):
+        pytest.skip(f"this CPU lacks {', '.join(missing)}")
+    owner = CpuKernels(2, "amx")
+    try:
+        weights = experts(2, 2100, 1100, NORMAL)
+        x, ids, gates = routed(300, 2100, 2, 1, seed=9)
+        got = ExpertExecutor(MmapStore({0: weights}), owner).run(0, x, ids, gates, decode=False)
+        some = [0, 140, 299]
+        assert error(got[some], layer64(weights, x[some], ids[some], gates[some])) < 2e-6
+        wanted = x.double() @ float64(weights[0].gate).T
+        assert error(owner.linear(x, weights[0].gate, decode=False), wanted) < 2e-6
+    finally:
+        owner.close()
+
+
 def layer64(weights: list[ExpertWeights], x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
     out = torch.zeros(x.shape, dtype=torch.float64)
+    wide = [[float64(w) for w in expert] for expert in weights]
     for t in range(len(x)):
         for e, gate in zip(ids[t].tolist(), gates[t].double(), strict=True):
-            g, u, d = (float64(w) for w in weights[e])
+            g, u, d = wide[e]
             inner = torch.nn.functional.silu(g @ x[t].double()) * (u @ x[t].double())
             out[t] += gate * (d @ inner)
     return out
@@ -125,39 +144,46 @@ def routed(tokens: int, hidden: int, count: int, top_k: int, seed: int) -> tuple
     )
 
 
+@pytest.mark.parametrize("decode", [True, False])
 @pytest.mark.parametrize("tokens", [1, 2, 7, 40])
 @pytest.mark.parametrize(("hidden", "intermediate"), [(256, 128), (200, 150), (37, 1030)])
-def test_experts_against_float64(kernels: CpuKernels, tokens: int, hidden: int, intermediate: int) -> None:
+def test_experts_against_float64(
+    kernels: CpuKernels, tokens: int, hidden: int, intermediate: int, decode: bool
+) -> None:
     weights = experts(6, hidden, intermediate)
     x, ids, gates = routed(tokens, hidden, 6, 3, seed=tokens)
     executor = ExpertExecutor(MmapStore({4: weights}), kernels)
-    got = executor.run(4, x, ids, gates, decode=tokens <= 8)
+    got = executor.run(4, x, ids, gates, decode=decode)
     assert error(got, layer64(weights, x, ids, gates)) < 2e-6
     assert executor.bytes_read == len(ids.unique()) * weights[0].nbytes
 
 
-def test_a_row_has_the_same_bits_in_any_batch_and_on_any_number_of_threads(kernels: CpuKernels) -> None:
+@pytest.mark.parametrize("decode", [True, False])
+def test_a_row_has_the_same_bits_in_any_batch_and_on_any_number_of_threads(
+    kernels: CpuKernels, decode: bool
+) -> None:
     weights = [ExpertWeights(*map(with_few_rare, expert)) for expert in experts(6, 200, 150, NORMAL)]
-    x, ids, gates = routed(13, 200, 6, 3, seed=5)
-    together = ExpertExecutor(MmapStore({0: weights}), kernels).run(0, x, ids, gates, decode=True)
+    x, ids, gates = routed(43, 200, 6, 3, seed=5)
+    together = ExpertExecutor(MmapStore({0: weights}), kernels).run(0, x, ids, gates, decode=decode)
     single = CpuKernels(1, kernels.level)
     try:
         for owner in (kernels, single):
             executor = ExpertExecutor(MmapStore({0: weights}), owner)
-            for t in range(13):
-                alone = executor.run(0, x[t : t + 1], ids[t : t + 1], gates[t : t + 1], decode=True)
+            for t in range(43):
+                alone = executor.run(0, x[t : t + 1], ids[t : t + 1], gates[t : t + 1], decode=decode)
                 assert torch.equal(alone[0], together[t])
-            linear = owner.linear(x, weights[0].gate, decode=True)
-            for t in range(13):
-                assert torch.equal(owner.linear(x[t : t + 1], weights[0].gate, decode=True)[0], linear[t])
+            linear = owner.linear(x, weights[0].gate, decode=decode)
+            for t in range(43):
+                assert torch.equal(owner.linear(x[t : t + 1], weights[0].gate, decode=decode)[0], linear[t])
     finally:
         single.close()
 
 
-def test_an_expert_of_zeros_gives_exactly_zero(kernels: CpuKernels) -> None:
+@pytest.mark.parametrize("decode", [True, False])
+def test_an_expert_of_zeros_gives_exactly_zero(kernels: CpuKernels, decode: bool) -> None:
     weights = experts(2, 130, 40, codes=[0x00, 0x80])
     x, ids, gates = routed(3, 130, 2, 2, seed=1)
-    out = ExpertExecutor(MmapStore({0: weights}), kernels).run(0, x, ids, gates, decode=True)
+    out = ExpertExecutor(MmapStore({0: weights}), kernels).run(0, x, ids, gates, decode=decode)
     assert not out.any()
 
 
@@ -217,9 +243,10 @@ for rows, columns in ((1, 1), (3, 5), (5, 127), (4, 128), (7, 130), (9, 1500), (
     others = [Weight(at_the_end_of_a_page(torch.randn(rows, columns).to(d))) for d in (torch.bfloat16, torch.float32)]
     assert kernels.hold_nan([fp8]) == [False]
     for weight in (fp8, *others):
-        for tokens in (1, 2, 3, 9):
+        for tokens in (1, 2, 3, 9, 17):
             x = at_the_end_of_a_page(torch.randn(tokens, columns))
-            assert kernels.linear(x, weight).isfinite().all()
+            for decode in (True, False):
+                assert kernels.linear(x, weight, decode=decode).isfinite().all()
 print("read nothing beyond")
 """
 

@@ -114,6 +114,8 @@ AVX512 = f"{AVX2} avx512f avx512bw avx512vl avx512dq"
         ("AuthenticAMD", AVX2, "avx2", "shift"),
         ("GenuineIntel", AVX512, "avx512", "offset"),
         ("AuthenticAMD", AVX512, "avx512", "shift"),
+        ("GenuineIntel", f"{AVX512} amx_tile amx_bf16", "amx", "offset"),
+        ("GenuineIntel", f"{AVX512} amx_tile amx_int8", "avx512", "offset"),
         ("GenuineIntel", "sse2 avx avx512f", "portable", "half"),
     ],
 )
@@ -121,8 +123,17 @@ def test_the_best_level_of_a_cpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, vendor: str, flags: str, name: str, codes: str
 ) -> None:
     with_cpu(monkeypatch, tmp_path, vendor, flags)
+    monkeypatch.setattr(levels, "may_use_tiles", lambda: True)
     level = levels.choose_level()
     assert (level.name, level.codes) == (name, codes)
+
+
+def test_no_tiles_where_linux_refuses_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with_cpu(monkeypatch, tmp_path, "GenuineIntel", f"{AVX512} amx_tile amx_bf16")
+    monkeypatch.setattr(levels, "may_use_tiles", lambda: False)
+    assert levels.choose_level().name == "avx512"
+    with pytest.raises(UsageError, match=r"'amx'.*lacks amx_tile"):
+        levels.choose_level("amx")
 
 
 def test_a_level_that_the_cpu_lacks_is_refused_before_anything_compiles(
@@ -131,7 +142,7 @@ def test_a_level_that_the_cpu_lacks_is_refused_before_anything_compiles(
     with_cpu(monkeypatch, tmp_path, "GenuineIntel", AVX2)
     with pytest.raises(UsageError, match=r"'avx512'.*lacks avx512f, avx512bw"):
         levels.choose_level("avx512")
-    with pytest.raises(UsageError, match="no kernel level 'sse9'; choose one of avx512, avx2, portable"):
+    with pytest.raises(UsageError, match="no kernel level 'sse9'; choose one of amx, avx512, avx2, portable"):
         levels.choose_level("sse9")
     hardware.require_supported_machine()
 
