@@ -17,7 +17,7 @@ from offload.kernels.prefill import PREFILL, prefill_job, prefill_offsets
 from offload.kernels.project import BF16_NUMBER, F32_NUMBER, FP8_NUMBER, compile_project
 from offload.kernels.scan import CHUNK, SCAN, scan_job
 from offload.kernels.tile_linear import TILE_LINEAR, tile_linear_job
-from offload.kernels.tile_product import TILES_BYTES, chunk_rows
+from offload.kernels.tile_product import TILES_BYTES, WORTHWHILE, chunk_rows
 from offload.workers import Workers
 
 _NUMBERS = {
@@ -64,8 +64,8 @@ class CpuKernels:
     """Products with weights in the checkpoint's own bytes, on worker threads.
 
     A token's result has the same bits whatever other tokens share the call and whatever the number of threads.
-    `decode` says which rows a call is of: those of prefill may take AMX tiles, which sum in another order. One call
-    at a time runs; further callers wait.
+    `decode` says which rows a call is of: prefill's take AMX tiles, which sum in another order, where there are and
+    a matrix meets enough of them. One call at a time runs; further callers wait.
 
     Args:
         threads: lanes, the calling thread included; None: one for each physical core allowed.
@@ -150,16 +150,16 @@ class CpuKernels:
         assert x.ndim == 2 and x.shape[1] == columns, (x.shape, weight.shape)
         x = _strided(x)
         y = torch.empty(x.shape[0], rows)
-        if self._on_tiles(decode, weight):
+        if not decode and self._on_tiles(len(x), weight):
             self._linear_on_tiles(x, weight, y)
             return y
         self._grouped("linear", x[:, None], weight, y[:, None], groups=1, group_rows=rows, first=0, rows=rows)
         return y
 
-    def _on_tiles(self, decode: bool, *weights: Weight) -> bool:
-        """Whether products with these weights run on AMX tiles: never a decode row's, whatever their number."""
+    def _on_tiles(self, tokens: float, *weights: Weight) -> bool:
+        """Whether prefill's products of so many tokens with each of these weights run on AMX tiles."""
         fp8 = all(weight.data.dtype == torch.float8_e4m3fn for weight in weights)
-        return bool(self._level.value.tiles) and not decode and fp8
+        return bool(self._level.value.tiles) and fp8 and tokens >= WORTHWHILE
 
     def _linear_on_tiles(self, x: Tensor, weight: Weight, y: Tensor) -> None:
         (rows, columns), (data, scale) = weight.shape, addresses(weight)
@@ -283,7 +283,7 @@ class CpuKernels:
             "ids": ids.data_ptr(), "weights": weights.data_ptr(), "top_k": top_k, "tokens": tokens,
             "x": x.data_ptr(), "x_stride": 4 * x.stride(0), "y": y.data_ptr(), "y_stride": 4 * hidden,
         }  # fmt: skip
-        if self._on_tiles(decode, *like):
+        if not decode and self._on_tiles(tokens * top_k / len(topk_ids.unique()), *like):
             return y, self._run_with_space(
                 "prefill", PREFILL, prefill_offsets(*sizes), **given, scratch=self._tile_scratch(),
                 up_rows=chunk_rows(intermediate, self.threads), down_rows=chunk_rows(hidden, self.threads),

@@ -26,7 +26,8 @@ from offload.kernels.tiles import (
 )
 from offload.workers import claim
 
-TOKENS = 128  # of one expert at a time
+WORTHWHILE = 8  # tokens that a matrix must meet for tiles to be faster than vectors (bench/NOTES.md)
+TOKENS = 128  # of one matrix at a time
 COLUMNS = 128  # that are widened at a time: with 64 rows, 16 KB
 CHUNK = 512  # the most rows in a chunk, of gate and of up each, or of the output
 PACKED_BYTES = TOKENS // LANES * 1024 // STEP * B_STEP  # of tokens' columns packed at a time

@@ -72,7 +72,7 @@ SHAPES = [(1, 1), (5, 7), (128, 128), (130, 257), (33, 1500), (300, 2049)]
 @pytest.mark.parametrize("decode", [True, False])
 def test_linear_fp8(kernels: CpuKernels, shape: tuple[int, int], codes: list[int], decode: bool) -> None:
     weight = fp8(*shape, codes, seed=shape[0])
-    x = torch.randn(5, shape[1], generator=torch.Generator().manual_seed(1))
+    x = torch.randn(20, shape[1], generator=torch.Generator().manual_seed(1))
     wanted = x.double() @ float64(weight).T
     got = kernels.linear(x, weight, decode=decode)
     assert error(got, wanted) < 2e-6 if wanted.any() else not got.any()
@@ -158,23 +158,25 @@ def test_experts_against_float64(
     assert executor.bytes_read == len(ids.unique()) * weights[0].nbytes
 
 
-@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize("size", [1, 24])
 def test_a_row_has_the_same_bits_in_any_batch_and_on_any_number_of_threads(
-    kernels: CpuKernels, decode: bool
+    kernels: CpuKernels, size: int
 ) -> None:
+    """Alone as a decode row; in prefill among as many others as tiles are for."""
     weights = [ExpertWeights(*map(with_few_rare, expert)) for expert in experts(6, 200, 150, NORMAL)]
     x, ids, gates = routed(43, 200, 6, 3, seed=5)
+    decode = size == 1
     together = ExpertExecutor(MmapStore({0: weights}), kernels).run(0, x, ids, gates, decode=decode)
+    linear = kernels.linear(x, weights[0].gate, decode=decode)
     single = CpuKernels(1, kernels.level)
     try:
         for owner in (kernels, single):
             executor = ExpertExecutor(MmapStore({0: weights}), owner)
-            for t in range(43):
-                alone = executor.run(0, x[t : t + 1], ids[t : t + 1], gates[t : t + 1], decode=decode)
-                assert torch.equal(alone[0], together[t])
-            linear = owner.linear(x, weights[0].gate, decode=decode)
-            for t in range(43):
-                assert torch.equal(owner.linear(x[t : t + 1], weights[0].gate, decode=decode)[0], linear[t])
+            for t in range(44 - size):
+                some = slice(t, t + size)
+                alone = executor.run(0, x[some], ids[some], gates[some], decode=decode)
+                assert torch.equal(alone, together[some])
+                assert torch.equal(owner.linear(x[some], weights[0].gate, decode=decode), linear[some])
     finally:
         single.close()
 

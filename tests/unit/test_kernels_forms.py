@@ -36,9 +36,10 @@ def linear(request: pytest.FixtureRequest) -> Iterator[Linear]:
         pytest.skip(f"this CPU lacks {', '.join(missing)}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "choose_level", lambda _: request.param)
+        patch.setattr(cpu, "WORTHWHILE", 0)
         made = CpuKernels(2)
-    yield functools.partial(made.linear, decode=not request.param.tiles)
-    made.close()
+        yield functools.partial(made.linear, decode=not request.param.tiles)
+        made.close()
 
 
 def activations(rows: int, columns: int, seed: int = 0) -> Tensor:
