@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SECONDS = 3.0  # of measuring, for each count of tokens
 CALLS = 6, 60  # at least and at most
+DECODE_TOKENS = 8  # as many at most are timed as decode rows, more as prefill
 BLAS_EXPERTS = 4  # dequantised experts the baseline rotates over: 700 MB at K2's size
 
 
@@ -208,7 +209,7 @@ def measure(
         ]
         wanted = float64_layer(weights, inputs)
         for (x, ids, gates), reference in zip(inputs, wanted, strict=True):
-            got = executor.run(0, x, ids, gates, decode=len(x) <= 8).double()
+            got = executor.run(0, x, ids, gates, decode=len(x) <= DECODE_TOKENS).double()
             error = float((got - reference).norm() / reference.norm())
             yield _measure_one(executor, read, weights, dense, x, gates, kernels, error)
     finally:
@@ -240,7 +241,7 @@ def _measure_one(
         before = executor.bytes_read
         torch.set_num_threads(1)
         start = time.perf_counter()
-        executor.run(0, x, ids, gates, decode=tokens <= 8)
+        executor.run(0, x, ids, gates, decode=tokens <= DECODE_TOKENS)
         ours.append(time.perf_counter() - start)
         read_bytes = executor.bytes_read - before
         touched, counts = torch.unique(next(routing) if tokens == 1 else ids, return_counts=True)

@@ -111,7 +111,7 @@ def _lines(
     import numpy as np
     import torch
 
-    from bench.kernels import float64_layer, random_experts, routings, stream_reader
+    from bench.kernels import DECODE_TOKENS, float64_layer, random_experts, routings, stream_reader
     from offload.executor import ExpertExecutor
     from offload.kernels.cpu import CpuKernels
     from offload.store import MmapStore
@@ -142,14 +142,14 @@ def _lines(
         (wanted,) = float64_layer(weights, [(x, ids, gates)])
         errors = [
             float((got.double() - wanted).norm() / wanted.norm())
-            for got in (ours.run(0, x, ids, gates), ask(x, ids, gates)[1])
+            for got in (ours.run(0, x, ids, gates, decode=len(x) <= DECODE_TOKENS), ask(x, ids, gates)[1])
         ]
         calls = next((n for least, n in sorted(CALLS.items(), reverse=True) if count >= least), MOST_CALLS)
         times: list[tuple[float, float, float]] = []
         for _ in range(calls):
             ids = next(routing)
             begin = time.perf_counter()
-            ours.run(0, x, ids, gates)
+            ours.run(0, x, ids, gates, decode=len(x) <= DECODE_TOKENS)
             mine = time.perf_counter() - begin
             touched = [weights[i] for i in ids.unique().tolist()]
             rate = sum(w.data.nbytes for expert in touched for w in expert) / read(touched)
