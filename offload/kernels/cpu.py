@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offload.errors import WorkerError
 from offload.fp8 import Weight
 from offload.kernels.arrange import padded_columns
 from offload.kernels.experts import EXPERTS, TABLE_COLUMNS, down_rows, experts_job, space_offsets
@@ -63,7 +64,8 @@ def _strided(x: Tensor) -> Tensor:
 class CpuKernels:
     """Products with weights in the checkpoint's own bytes, on worker threads.
 
-    A token's result has the same bits whatever other tokens share the call and whatever the number of threads.
+    A decode row's result has the same bits whatever other rows share the call, a prefill row's also depends on
+    whether the call runs on tiles; neither on the number of threads.
     `decode` says which rows a call is of: prefill's take AMX tiles, which sum in another order, where there are and
     a matrix meets enough of them. One call at a time runs; further callers wait.
 
@@ -87,7 +89,7 @@ class CpuKernels:
         self._scratch = np.zeros(self.threads * SCRATCH_BYTES + 64, np.uint8)
         self._scratch_address = (self._scratch.ctypes.data + 63) // 64 * 64
         self._space = torch.empty(0, dtype=torch.uint8)
-        self._tiles: Tensor | None = None
+        self._tile_scratch = torch.empty(self.threads * TILES_BYTES if chosen.tiles else 0, dtype=torch.uint8)
 
     def warm_up(self) -> None:
         """Compile every kernel, or load it from the cache, so that no later call has to."""
@@ -156,10 +158,14 @@ class CpuKernels:
         self._grouped("linear", x[:, None], weight, y[:, None], groups=1, group_rows=rows, first=0, rows=rows)
         return y
 
-    def _on_tiles(self, tokens: float, *weights: Weight) -> bool:
-        """Whether prefill's products of so many tokens with each of these weights run on AMX tiles."""
+    def _on_tiles(self, rows: int, *weights: Weight, matrices: Tensor | None = None) -> bool:
+        """Whether prefill's products of so many rows with weights like these run on AMX tiles: each matrix (of the
+        ids `matrices`; None: the only one) meets enough of them."""
         fp8 = all(weight.data.dtype == torch.float8_e4m3fn for weight in weights)
-        return bool(self._level.value.tiles) and fp8 and tokens >= WORTHWHILE
+        if not self._level.value.tiles or not fp8:
+            return False
+        touched = 1 if matrices is None else len(matrices.unique())
+        return rows >= max(1, WORTHWHILE * touched)
 
     def _linear_on_tiles(self, x: Tensor, weight: Weight, y: Tensor) -> None:
         (rows, columns), (data, scale) = weight.shape, addresses(weight)
@@ -168,7 +174,7 @@ class CpuKernels:
             TILE_LINEAR,
             data=data, scale=scale, rows=rows, columns=columns, chunk=chunk_rows(rows, self.threads),
             tokens=len(x), x=x.data_ptr(), x_stride=4 * x.stride(0), y=y.data_ptr(), y_stride=4 * rows,
-            scales=scales.data_ptr(), scratch=self._tile_scratch(),
+            scales=scales.data_ptr(), scratch=self._tile_scratch.data_ptr(),
         )  # fmt: skip
         self.workers.run(self._address("tile_linear"), args.ctypes.data)
 
@@ -283,9 +289,9 @@ class CpuKernels:
             "ids": ids.data_ptr(), "weights": weights.data_ptr(), "top_k": top_k, "tokens": tokens,
             "x": x.data_ptr(), "x_stride": 4 * x.stride(0), "y": y.data_ptr(), "y_stride": 4 * hidden,
         }  # fmt: skip
-        if not decode and self._on_tiles(tokens * top_k / len(topk_ids.unique()), *like):
+        if not decode and self._on_tiles(topk_ids.numel(), *like, matrices=topk_ids):
             return y, self._run_with_space(
-                "prefill", PREFILL, prefill_offsets(*sizes), **given, scratch=self._tile_scratch(),
+                "prefill", PREFILL, prefill_offsets(*sizes), **given, scratch=self._tile_scratch.data_ptr(),
                 up_rows=chunk_rows(intermediate, self.threads), down_rows=chunk_rows(hidden, self.threads),
             )  # fmt: skip
         return y, self._run_with_space(
@@ -301,14 +307,15 @@ class CpuKernels:
         base = space.data_ptr()
         own = {name: base + begin for name, begin in zip(dtype.names[-len(begins) :], begins, strict=True)}
         args = _record(dtype, touched=0, **given, **own)
-        self.workers.run(self._address(job), args.ctypes.data)
+        try:
+            self.workers.run(self._address(job), args.ctypes.data)
+        except WorkerError:
+            if args["touched"][0] < 0:
+                raise WorkerError(
+                    f"topk_ids hold an id that is none of the {given['count']} experts"
+                ) from None
+            raise
         return int(args["touched"][0])
-
-    def _tile_scratch(self) -> int:
-        """Address of every lane's scratch for tiles, made on first use."""
-        if self._tiles is None:
-            self._tiles = torch.empty(self.threads * TILES_BYTES, dtype=torch.uint8)
-        return self._tiles.data_ptr()
 
     def _space_of(self, size: int) -> Tensor:
         """At least `size` bytes for a job's own use, kept from call to call as long as it is small."""

@@ -25,6 +25,7 @@ from offload.kernels.tile_product import (
     SUMS_BYTES,
     TILES_BYTES,
     TOKENS,
+    clear_sums,
     group_count,
     lift,
     pack_rows,
@@ -99,8 +100,8 @@ def _up_chunk(job: Any, scratch: int, touched: int, start: int, after: int) -> N
     group = integers(job.groups)[touched]
     for begin in range(starts[touched], end, TOKENS):
         groups = group_count(min(TOKENS, end - begin))
-        clear(sums, rows * TOKENS)
-        clear(up_sums, rows * TOKENS)
+        clear_sums(sums, rows)
+        clear_sums(up_sums, rows)
         width = packed_columns(groups)
         for column in range(0, job.hidden, width):
             count = min(width, job.hidden - column)
@@ -165,7 +166,7 @@ def _down_chunk(job: Any, scratch: int, start: int) -> None:
         end, group = starts[touched + 1], integers(job.groups)[touched]
         for begin in range(starts[touched], end, TOKENS):
             groups = group_count(min(TOKENS, end - begin))
-            clear(sums, rows * TOKENS)
+            clear_sums(sums, rows)
             width = packed_columns(groups)
             for column in range(0, job.intermediate, width):
                 count = min(width, job.intermediate - column)

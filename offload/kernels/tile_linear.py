@@ -6,7 +6,7 @@ import numba
 import numpy as np
 
 from offload.kernels.jit import DONE, FAILED, Static, compile_job, jit
-from offload.kernels.memory import clear, floats, integers, record
+from offload.kernels.memory import floats, integers, record
 from offload.kernels.tile_product import (
     ADDRESSES,
     FACTORS,
@@ -14,6 +14,7 @@ from offload.kernels.tile_product import (
     SUMS,
     TILES_BYTES,
     TOKENS,
+    clear_sums,
     group_count,
     pack_rows,
     packed_at,
@@ -65,7 +66,7 @@ def _chunk(job: Any, scratch: int, start: int, after: int) -> None:
     rows, sums, at = min(job.chunk, job.rows - start), scratch + SUMS, job.data + start * job.columns
     for begin in range(0, job.tokens, TOKENS):
         groups = group_count(min(TOKENS, job.tokens - begin))
-        clear(sums, rows * TOKENS)
+        clear_sums(sums, rows)
         width = packed_columns(groups)
         for column in range(0, job.columns, width):
             count = min(width, job.columns - column)

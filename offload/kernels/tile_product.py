@@ -12,7 +12,7 @@ from offload.kernels.arrange import largest_exponent, power_of_two
 from offload.kernels.dot import BLOCK
 from offload.kernels.intrinsics import as_pointer
 from offload.kernels.jit import jit
-from offload.kernels.memory import floats, integers
+from offload.kernels.memory import clear, floats, integers
 from offload.kernels.tiles import (
     B_STEP,
     LANES,
@@ -26,9 +26,9 @@ from offload.kernels.tiles import (
 )
 from offload.workers import claim
 
-WORTHWHILE = 8  # tokens that a matrix must meet for tiles to be faster than vectors (bench/NOTES.md)
+WORTHWHILE = 10  # tokens that a matrix must meet for tiles to be about as fast as vectors (bench/NOTES.md)
 TOKENS = 128  # of one matrix at a time
-COLUMNS = 128  # that are widened at a time: with 64 rows, 16 KB
+COLUMNS = BLOCK  # that are widened at a time: with 64 rows, 16 KB
 CHUNK = 512  # the most rows in a chunk, of gate and of up each, or of the output
 PACKED_BYTES = TOKENS // LANES * 1024 // STEP * B_STEP  # of tokens' columns packed at a time
 
@@ -51,8 +51,9 @@ def chunk_rows(rows: int, threads: int) -> int:
 
 @jit
 def lift(exponent: int) -> np.float32:
-    """What to multiply numbers of at most this exponent by, so that their bfloat16 pieces are not subnormal."""
-    return power_of_two(max(0, -60 - exponent))
+    """What to multiply numbers of at most this exponent by, so that neither are their bfloat16 pieces subnormal nor
+    a block's sums infinite."""
+    return power_of_two(min(max(exponent, -60), 60) - exponent)
 
 
 @jit
@@ -109,6 +110,12 @@ def pack_rows(scratch: int, column: int, count: int, target: int) -> None:
         some = min(COLUMNS, count - c)
         _turn_columns(scratch + ADDRESSES, column + c, some, scratch + TURNED)
         pack_tokens(scratch + TURNED, some, scratch + FACTORS, target + c // STEP * B_STEP)
+
+
+@jit
+def clear_sums(sums: int, rows: int) -> None:
+    """Set the sums of `rows` rows, and of those that `product` computes with them, to zero."""
+    clear(sums, -(-rows // TILE_ROWS) * TILE_ROWS * TOKENS)
 
 
 @jit

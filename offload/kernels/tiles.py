@@ -3,7 +3,7 @@
 `tdpbf16ps` adds products of two bfloat16 tiles to a float32 tile. An e4m3 code is a bfloat16 exactly, and a
 float32 activation is exactly the sum of three (its leading eight bits, the next eight, the rest), so three
 products give float32's precision at a third of AMX's rate, still ten times that of AVX512. AMX takes subnormal
-numbers for zero: tokens are brought near 1 by a power of two first.
+numbers for zero: rows whose largest magnitude is far from 1 are multiplied by a power of two first.
 
 Layouts, all in steps of 64 columns. The weights of 64 rows ("A"): for each step its even, then its odd columns;
 of those four tiles of 16 rows; a row is 32 bfloat16. 16 tokens ("B"): for each step even, odd; of those three
@@ -18,7 +18,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from offload.kernels.dot import BLOCK, copy_padded, fma, minimum, splat
+from offload.kernels.dot import copy_padded, fma, splat
 from offload.kernels.forms import F32, I16, constant, load, pick, rare_codes, shifted_codes, vector
 from offload.kernels.intrinsics import I8, I32, I64, declare, emit_prefetch, pointer
 
@@ -205,9 +205,9 @@ def _pieces(builder: Any, a: Any, b: Any) -> list[Any]:
 def multiply_tiles(
     _context: Any, a: Any, b: Any, columns: Any, scale: Any, out: Any, stride: Any, ahead: Any
 ) -> Any:
-    """out[r, n] += row r of an A . token n of a B.
+    """out[r, n] += row r of an A . token n of a B, over the columns of one block at most.
 
-    `scale`: address of the first of the rows' block scales; `out` of float32, `stride` the bytes of its rows.
+    `scale`: address of the block's scale; `out` of float32, `stride` the bytes of its rows.
     `ahead`: () or (address, bytes from row to row): as many columns of as many rows of codes are prefetched from
     there, spread evenly, so that memory works while the tiles do.
     """
@@ -221,7 +221,7 @@ def multiply_tiles(
 
 
 class _Multiply:
-    """Emits the products of an A with a B, block by block: the three pieces of the tokens' tile stay in registers
+    """Emits the products of an A with a B: the three pieces of the tokens' tile stay in registers
     while the four tiles of rows pass."""
 
     def __init__(self, builder: Any, a: Any, b: Any, ahead: list[Any]) -> None:
@@ -230,16 +230,13 @@ class _Multiply:
         self.buffer.align = 64
 
     def emit(self, columns: Any, scale: Any, out: Any, stride: Any) -> None:
-        """Add the scaled sums of every block to `out`."""
+        """Add the scaled sums of one block's columns to `out`."""
         builder = self.builder
-        with cgutils.for_range_slice(builder, I64(0), columns, I64(BLOCK)) as (start, _):
-            for register in _SUMS:
-                _tile(builder, "tilezero", register)
-            end = minimum(builder, builder.add(start, I64(BLOCK)), columns)
-            with cgutils.for_range_slice(builder, start, end, I64(STEP)) as (column, _):
-                self.add_step(column)
-            at = builder.add(scale, builder.mul(builder.sdiv(start, I64(BLOCK)), I64(4)))
-            self.add_block(builder.load(pointer(builder, at, F32), align=4), out, stride)
+        for register in _SUMS:
+            _tile(builder, "tilezero", register)
+        with cgutils.for_range_slice(builder, I64(0), columns, I64(STEP)) as (column, _):
+            self.add_step(column)
+        self.add_block(builder.load(pointer(builder, scale, F32), align=1), out, stride)
 
     def add_step(self, column: Any) -> None:
         """Add the products of a step to the sums in the tile registers."""
@@ -306,7 +303,7 @@ def swiglu_tokens(
 
 def _exp(builder: Any, x: Any) -> Any:
     """e^x of float32, to 2 in the last place: 2^n e^r, n the nearest whole number to x / ln 2, |r| < 0.35, by
-    the Taylor series of degree 7. n is capped where the result is 0 or infinite anyway."""
+    the Taylor series of degree 7. x is capped where the result is 0 or infinite anyway."""
     wide, kind = vector(I32, x.type.count), x.type
 
     def number(value: float) -> Any:
@@ -316,14 +313,15 @@ def _exp(builder: Any, x: Any) -> Any:
         function = declare(builder, f"llvm.{name}.v{kind.count}f32", kind, [kind] * len(values))
         return builder.call(function, list(values))
 
+    x = call("maximum", call("minimum", x, number(173.0)), number(-173.0))
     n = call("nearbyint", builder.fmul(x, number(1.44269504)))
-    n = call("maximum", call("minimum", n, number(250.0)), number(-250.0))
     r = fma(builder, n, number(-0.693359375), x)  # ln 2 in two parts, the first exact in 9 bits
     r = fma(builder, n, number(2.12194440e-4), r)
     total = number(1 / 5040)
     for term in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
         total = fma(builder, total, r, number(term))
-    whole = builder.fptosi(n, wide)
+    saturated = declare(builder, f"llvm.fptosi.sat.v{kind.count}i32.v{kind.count}f32", wide, [kind])
+    whole = builder.call(saturated, [n])  # of a NaN, a number
     half = builder.ashr(whole, constant(I32, kind.count, 1))
     for part in (half, builder.sub(whole, half)):  # 2^n itself may not be a float32
         power = builder.shl(builder.add(part, constant(I32, kind.count, 127)), constant(I32, kind.count, 23))

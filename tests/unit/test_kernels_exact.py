@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from offload.errors import CheckpointError
+from offload.errors import CheckpointError, WorkerError
 from offload.executor import ExpertExecutor
 from offload.experts import ExpertWeights
 from offload.fp8 import BLOCK, Weight
+from offload.kernels import cpu
 from offload.kernels.cpu import CpuKernels
 from offload.kernels.levels import LEVELS, missing_features
 from offload.store import MmapStore
@@ -106,6 +107,33 @@ def experts(count: int, hidden: int, intermediate: int, codes: list[int] = FINIT
     ]
 
 
+@pytest.mark.parametrize("decode", [True, False])
+def test_swiglu_of_any_gate(kernels: CpuKernels, decode: bool) -> None:
+    """From gates that vanish to those whose exponential is none, and what is not finite."""
+    one = torch.ones(16, 16).to(torch.float8_e4m3fn)
+    weight = Weight(one, torch.full((1, 1), 1 / 16))
+    gates = torch.tensor([0.0, 1e-30, 0.1, 5, 30, 88, 100, 1e4, 2e6, 1e8, 1e15, float("nan")])
+    x = torch.cat([gates, -gates])[:, None].expand(24, 16).contiguous()
+    got = kernels.swiglu_mlp(x, weight, weight, weight, decode=decode).double()
+    wide = x[:, :1].double().expand(24, 16)
+    wanted = torch.nn.functional.silu(wide) * wide
+    assert torch.allclose(got, wanted, rtol=2e-6, atol=1e-33, equal_nan=True)
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_an_id_out_of_range_is_named(kernels: CpuKernels, decode: bool) -> None:
+    weights = experts(2, 64, 64)
+    x, ids, gates = routed(40, 64, 2, 1, seed=2)
+    table = np.array([[v for w in expert for v in cpu.addresses(w)] for expert in weights], np.int64)
+    ids[7] = 5
+    with pytest.raises(WorkerError, match="none of the 2 experts"):
+        kernels.experts(
+            x, table, (weights[0].gate, weights[0].up, weights[0].down), ids, gates, decode=decode
+        )
+    ids[7] = 1
+    assert kernels.experts(x, table, weights[0], ids, gates, decode=decode)[0].isfinite().all()
+
+
 def test_many_tokens_on_tiles() -> None:
     """More rows, columns and tokens than one chunk, packing and batch of theirs take."""
     if missing := missing_features(LEVELS["amx"]):
@@ -148,8 +176,14 @@ def routed(tokens: int, hidden: int, count: int, top_k: int, seed: int) -> tuple
 @pytest.mark.parametrize("tokens", [1, 2, 7, 40])
 @pytest.mark.parametrize(("hidden", "intermediate"), [(256, 128), (200, 150), (37, 1030)])
 def test_experts_against_float64(
-    kernels: CpuKernels, tokens: int, hidden: int, intermediate: int, decode: bool
+    kernels: CpuKernels,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    hidden: int,
+    intermediate: int,
+    decode: bool,
 ) -> None:
+    monkeypatch.setattr(cpu, "WORTHWHILE", 0)
     weights = experts(6, hidden, intermediate)
     x, ids, gates = routed(tokens, hidden, 6, 3, seed=tokens)
     executor = ExpertExecutor(MmapStore({4: weights}), kernels)
@@ -182,7 +216,10 @@ def test_a_row_has_the_same_bits_in_any_batch_and_on_any_number_of_threads(
 
 
 @pytest.mark.parametrize("decode", [True, False])
-def test_an_expert_of_zeros_gives_exactly_zero(kernels: CpuKernels, decode: bool) -> None:
+def test_an_expert_of_zeros_gives_exactly_zero(
+    kernels: CpuKernels, monkeypatch: pytest.MonkeyPatch, decode: bool
+) -> None:
+    monkeypatch.setattr(cpu, "WORTHWHILE", 0)
     weights = experts(2, 130, 40, codes=[0x00, 0x80])
     x, ids, gates = routed(3, 130, 2, 2, seed=1)
     out = ExpertExecutor(MmapStore({0: weights}), kernels).run(0, x, ids, gates, decode=decode)

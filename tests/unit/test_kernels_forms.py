@@ -1,6 +1,7 @@
 """Every way of reading codes at both vector widths, whichever this CPU prefers, and values at float32's edges.
 
-The 512-bit kernels use no instruction by name, so they also run, in halves, where vectors have 256 bits.
+The 512-bit kernels use no instruction by name, so they also run, in halves, where vectors have 256 bits; the tiles'
+need their own.
 """
 
 import functools
@@ -128,6 +129,14 @@ def test_a_row_of_largest_codes_does_not_overflow_before_its_time(linear: Linear
 def test_extreme_activations(linear: Linear, exponent: int) -> None:
     weight = fp8(20, 300, FINITE, seed=2)
     x = activations(5, 300) * 2.0**exponent
+    assert error(linear(x, weight), x.double() @ float64(weight).T) < 2e-6
+
+
+def test_large_activations_and_small_scales(linear: Linear) -> None:
+    weight = fp8(20, 300, NORMAL, seed=5)
+    assert weight.scale is not None
+    weight = Weight(weight.data, weight.scale * 2.0**-90)
+    x = activations(5, 300) * 2.0**115
     assert error(linear(x, weight), x.double() @ float64(weight).T) < 2e-6
 
 
