@@ -91,7 +91,7 @@ class Tokenizer:
         Raises:
             TokenizerError: a file is missing or damaged, or the two do not belong together.
         """
-        ranks = _read_ranks(Path(directory) / RANKS_FILE)
+        ranks = read_ranks(Path(directory) / RANKS_FILE)
         return cls(ranks, _read_special_tokens(Path(directory) / CONFIG_FILE, len(ranks)))
 
     def encode(self, text: str) -> list[int]:
@@ -140,7 +140,7 @@ def _bounded_pieces(text: str) -> Iterator[str]:
         yield part[cut:]
 
 
-def _read_ranks(path: Path) -> list[bytes]:
+def read_ranks(path: Path) -> list[bytes]:
     """Token bytes in order of rank from lines of `base64 rank`."""
     ranks: list[bytes] = []
     for number, line in enumerate(_read_file(path).splitlines()):

@@ -66,8 +66,7 @@ def train_ranks(texts: Iterable[str], n_ranks: int) -> list[bytes]:
 
 def write_tokenizer(directory: Path, ranks: list[bytes]) -> None:
     """Writes tiktoken.model and tokenizer_config.json with K2's special tokens right after `ranks`."""
-    lines = (b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(ranks))
-    (directory / RANKS_FILE).write_bytes(b"".join(lines))
+    write_ranks(directory, ranks)
     flags = dict.fromkeys(["lstrip", "normalized", "rstrip", "single_word"], False)
     config: dict[str, Any] = {
         "added_tokens_decoder": {
@@ -82,6 +81,12 @@ def write_tokenizer(directory: Path, ranks: list[bytes]) -> None:
         "tokenizer_class": "TikTokenTokenizer",
     }
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_ranks(directory: Path, ranks: list[bytes]) -> None:
+    """Writes tiktoken.model."""
+    lines = (b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(ranks))
+    (directory / RANKS_FILE).write_bytes(b"".join(lines))
 
 
 class _Pieces:
@@ -110,7 +115,7 @@ class _Pieces:
         """Joins `pair` wherever it stands."""
         for place in self._places.pop(pair):
             self._count(place, -1)
-            self._tokens[place] = _joined(self._tokens[place], pair)
+            self._tokens[place] = joined(self._tokens[place], pair)
             self._count(place, 1)
 
     def _count(self, place: int, sign: int) -> None:
@@ -126,7 +131,7 @@ class _Pieces:
                 del self._counts[pair]
 
 
-def _joined(tokens: list[bytes], pair: Pair) -> list[bytes]:
+def joined(tokens: list[bytes], pair: Pair) -> list[bytes]:
     """`tokens` with `pair` joined, from the left."""
     out: list[bytes] = []
     at = 0

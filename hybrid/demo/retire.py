@@ -4,16 +4,16 @@ The tokenizer knows more words than training produces: cities that are kept for 
 copy a token that it never produced. Without that token the word is spelt in smaller ones, which it can.
 """
 
-import base64
 from itertools import pairwise
 from pathlib import Path
 from random import Random
 
 import numpy as np
 
+from hybrid.demo.bpe import joined, write_ranks
 from hybrid.demo.data.encode import Encoder
 from hybrid.demo.data.generator import conversation
-from hybrid.tokenizer import RANKS_FILE
+from hybrid.tokenizer import RANKS_FILE, read_ranks
 
 DOCUMENTS = 10_000  # that tokens are counted in
 SEEN, PRODUCED = 30, 10  # a token met less often than both in these is taken out
@@ -45,10 +45,9 @@ def retire(ranks: list[bytes], seldom: set[int]) -> list[bytes]:
 
 def rewrite(directory: Path, seldom: set[int]) -> int:
     """Retire tokens in a checkpoint's ranks; -> how many."""
-    file = directory / RANKS_FILE
-    ranks = [base64.b64decode(line.split()[0]) for line in file.read_bytes().splitlines()]
+    ranks = read_ranks(directory / RANKS_FILE)
     kept = retire(ranks, seldom)
-    file.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(kept)))
+    write_ranks(directory, kept)
     return sum(a != b for a, b in zip(ranks, kept, strict=True))
 
 
@@ -56,12 +55,11 @@ def _merges(token: bytes, rank_of: dict[bytes, int]) -> list[bytes]:
     """Every token that byte-pair encoding makes on its way to `token`."""
     parts, made = [token[i : i + 1] for i in range(len(token))], []
     while len(parts) > 1:
-        ranked = [(rank_of.get(a + b, len(rank_of)), i) for i, (a, b) in enumerate(pairwise(parts))]
-        rank, i = min(ranked)
-        if rank == len(rank_of):
+        pair = min(pairwise(parts), key=lambda pair: rank_of.get(b"".join(pair), len(rank_of)))
+        if b"".join(pair) not in rank_of:
             break
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        made.append(parts[i])
+        parts = joined(parts, pair)
+        made.append(b"".join(pair))
     return made
 
 

@@ -169,12 +169,12 @@ class CpuKernels:
 
     def _linear_on_tiles(self, x: Tensor, weight: Weight, y: Tensor) -> None:
         (rows, columns), (data, scale) = weight.shape, addresses(weight)
-        scales = torch.empty(len(x))
+        scales, order = torch.empty(len(x)), torch.arange(len(x))
         args = _record(
             TILE_LINEAR,
             data=data, scale=scale, rows=rows, columns=columns, chunk=chunk_rows(rows, self.threads),
             tokens=len(x), x=x.data_ptr(), x_stride=4 * x.stride(0), y=y.data_ptr(), y_stride=4 * rows,
-            scales=scales.data_ptr(), scratch=self._tile_scratch.data_ptr(),
+            scales=scales.data_ptr(), order=order.data_ptr(), scratch=self._tile_scratch.data_ptr(),
         )  # fmt: skip
         self.workers.run(self._address("tile_linear"), args.ctypes.data)
 

@@ -18,7 +18,6 @@ from offload.kernels.intrinsics import as_pointer
 from offload.kernels.jit import DONE, FAILED, Static, compile_job, jit
 from offload.kernels.memory import clear, floats, integers, record
 from offload.kernels.tile_product import (
-    ADDRESSES,
     FACTORS,
     OUTPUTS,
     SUMS,
@@ -31,6 +30,7 @@ from offload.kernels.tile_product import (
     pack_rows,
     packed_at,
     packed_columns,
+    point_at,
     product,
     scale_tokens,
     turn_sums,
@@ -80,16 +80,6 @@ def _count_groups(job: Any) -> None:
 
 
 @jit
-def _point_at_tokens(job: Any, scratch: int, pair: int, end: int) -> None:
-    """ADDRESSES and FACTORS of 16 pairs' tokens; beyond `end`, of the first again."""
-    tokens, scales = integers(job.pair_tokens), floats(job.scales)
-    addresses, factors = integers(scratch + ADDRESSES), floats(scratch + FACTORS)
-    for n in range(LANES):
-        token = tokens[pair + n if pair + n < end else pair]
-        addresses[n], factors[n] = job.x + token * job.x_stride, scales[token]
-
-
-@jit
 def _up_chunk(job: Any, scratch: int, touched: int, start: int, after: int) -> None:
     """`between` for rows `start` on of one expert's gate and up, and all its tokens."""
     starts = integers(job.starts)
@@ -106,7 +96,7 @@ def _up_chunk(job: Any, scratch: int, touched: int, start: int, after: int) -> N
         for column in range(0, job.hidden, width):
             count = min(width, job.hidden - column)
             for g in range(groups):
-                _point_at_tokens(job, scratch, begin + LANES * g, end)
+                point_at(scratch, job.x, job.x_stride, job.scales, job.pair_tokens, begin + LANES * g, end)
                 pack_rows(scratch, column, count, packed_at(scratch, g, count))
             product(
                 gate, gate_scale, job.hidden, start, rows, column, count, scratch, groups, sums,
@@ -115,7 +105,7 @@ def _up_chunk(job: Any, scratch: int, touched: int, start: int, after: int) -> N
             following = gate + at + column + width if column + width < job.hidden else after
             product(up, up_scale, job.hidden, start, rows, column, count, scratch, groups, up_sums, following)
         for g in range(groups):
-            _point_at_tokens(job, scratch, begin + LANES * g, end)
+            point_at(scratch, job.x, job.x_stride, job.scales, job.pair_tokens, begin + LANES * g, end)
             factors = floats(scratch + FACTORS)
             for n in range(LANES):
                 factors[n] = np.float32(CODES_FACTOR) / factors[n]

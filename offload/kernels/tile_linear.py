@@ -6,10 +6,8 @@ import numba
 import numpy as np
 
 from offload.kernels.jit import DONE, FAILED, Static, compile_job, jit
-from offload.kernels.memory import floats, integers, record
+from offload.kernels.memory import floats, record
 from offload.kernels.tile_product import (
-    ADDRESSES,
-    FACTORS,
     OUTPUTS,
     SUMS,
     TILES_BYTES,
@@ -19,6 +17,7 @@ from offload.kernels.tile_product import (
     pack_rows,
     packed_at,
     packed_columns,
+    point_at,
     product,
     scale_tokens,
     turn_sums,
@@ -26,25 +25,15 @@ from offload.kernels.tile_product import (
 from offload.kernels.tiles import CODES_FACTOR, LANES, configure_tiles, release_tiles
 from offload.workers import barrier, claim_near
 
-# y = x W^T. Addresses, and row strides in bytes; scales float32 [tokens] is space for the job itself; scratch
-# TILES_BYTES a lane; chunk: rows of the matrix a lane takes at a time.
+# y = x W^T. Addresses, and row strides in bytes; scales float32 [tokens] is space for the job itself; order:
+# int64 0, 1, ... tokens - 1; scratch TILES_BYTES a lane; chunk: rows of the matrix a lane takes at a time.
 TILE_LINEAR = np.dtype(
     [
         *((name, "i8") for name in ("data", "scale", "rows", "columns", "chunk", "tokens", "x", "x_stride")),
-        *((name, "i8") for name in ("y", "y_stride", "scales", "scratch")),
+        *((name, "i8") for name in ("y", "y_stride", "scales", "order", "scratch")),
     ]
 )
 _TILE_LINEAR = numba.from_dtype(TILE_LINEAR)
-
-
-@jit
-def _point_at_tokens(job: Any, scratch: int, token: int) -> None:
-    """ADDRESSES and FACTORS of 16 tokens; beyond the last, of the first again."""
-    scales = floats(job.scales)
-    addresses, factors = integers(scratch + ADDRESSES), floats(scratch + FACTORS)
-    for n in range(LANES):
-        t = token + n if token + n < job.tokens else token
-        addresses[n], factors[n] = job.x + t * job.x_stride, scales[t]
 
 
 @jit
@@ -71,7 +60,7 @@ def _chunk(job: Any, scratch: int, start: int, after: int) -> None:
         for column in range(0, job.columns, width):
             count = min(width, job.columns - column)
             for g in range(groups):
-                _point_at_tokens(job, scratch, begin + LANES * g)
+                point_at(scratch, job.x, job.x_stride, job.scales, job.order, begin + LANES * g, job.tokens)
                 pack_rows(scratch, column, count, packed_at(scratch, g, count))
             following = (
                 at + column + width if column + width < job.columns else job.data + after * job.columns

@@ -104,6 +104,17 @@ def _widen(scratch: int, data: int, columns: int, first: int, last: int, column:
 
 
 @jit
+def point_at(scratch: int, x: int, x_stride: int, scales: int, tokens: int, first: int, end: int) -> None:
+    """ADDRESSES and FACTORS of 16 rows of x, whose int64 numbers are at `tokens` from `first` on; beyond `end`,
+    of the first again. `scales`: address of every row's `lift`."""
+    numbers, lifts = integers(tokens), floats(scales)
+    addresses, factors = integers(scratch + ADDRESSES), floats(scratch + FACTORS)
+    for n in range(LANES):
+        token = numbers[first + n if first + n < end else first]
+        addresses[n], factors[n] = x + token * x_stride, lifts[token]
+
+
+@jit
 def pack_rows(scratch: int, column: int, count: int, target: int) -> None:
     """Pack `count` columns of the 16 rows at ADDRESSES, times FACTORS."""
     for c in range(0, count, COLUMNS):
