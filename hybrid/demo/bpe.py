@@ -1,14 +1,10 @@
 """A small, deterministic byte-pair-encoding trainer: text -> tokenizer files in K2's format.
 
-    python -m hybrid.demo.bpe CORPUS N_RANKS DIRECTORY
-
-made hybrid/assets' tiktoken.model and tokenizer_config.json from its corpus.txt. The algorithm is Sennrich et al.
-2016 (arXiv:1508.07909) on bytes.
+The algorithm is Sennrich et al. 2016 (arXiv:1508.07909) on bytes.
 """
 
 import base64
 import json
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from itertools import pairwise
@@ -66,7 +62,8 @@ def train_ranks(texts: Iterable[str], n_ranks: int) -> list[bytes]:
 
 def write_tokenizer(directory: Path, ranks: list[bytes]) -> None:
     """Writes tiktoken.model and tokenizer_config.json with K2's special tokens right after `ranks`."""
-    write_ranks(directory, ranks)
+    lines = (b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(ranks))
+    (directory / RANKS_FILE).write_bytes(b"".join(lines))
     flags = dict.fromkeys(["lstrip", "normalized", "rstrip", "single_word"], False)
     config: dict[str, Any] = {
         "added_tokens_decoder": {
@@ -81,12 +78,6 @@ def write_tokenizer(directory: Path, ranks: list[bytes]) -> None:
         "tokenizer_class": "TikTokenTokenizer",
     }
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def write_ranks(directory: Path, ranks: list[bytes]) -> None:
-    """Writes tiktoken.model."""
-    lines = (b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(ranks))
-    (directory / RANKS_FILE).write_bytes(b"".join(lines))
 
 
 class _Pieces:
@@ -143,13 +134,7 @@ def joined(tokens: list[bytes], pair: Pair) -> list[bytes]:
 
 
 def _may_merge(left: bytes, right: bytes) -> bool:
-    """Keeps what a small model has to copy in the same tokens wherever it stands: digits stay single, and nothing
-    but a letter is glued to a capital, so that ` Berlin` and `"Berlin` share their pieces."""
-    if any(byte in b"0123456789" for byte in left + right):
-        return False
-    return not right[:1].isupper() or left[-1:].isalpha() or left[-1] >= 0x80
-
-
-if __name__ == "__main__":
-    corpus, count, target = sys.argv[1:]
-    write_tokenizer(Path(target), train_ranks([Path(corpus).read_text(encoding="utf-8")], int(count)))
+    """Keeps what a small model has to copy in the same tokens wherever it stands: digits stay single, and letters
+    join letters only, so that ` rain`, `"rain` and `_rain` share their pieces."""
+    joint = (left + right).decode("utf-8", "replace")
+    return not any(char.isdigit() for char in joint) and len({char.isalpha() for char in joint}) == 1

@@ -43,7 +43,6 @@ def train(args: argparse.Namespace) -> None:
 
     from hybrid.demo.data.encode import Encoder
     from hybrid.demo.export import export
-    from hybrid.demo.retire import rewrite, seldom_met
     from hybrid.demo.shape import config_fields
     from hybrid.demo.trainer.feed import Feed
     from hybrid.demo.trainer.loop import Loop
@@ -82,7 +81,6 @@ def train(args: argparse.Namespace) -> None:
     if loop.best_weights.exists():
         run.model.load_state_dict(torch.load(loop.best_weights, map_location=run.device, weights_only=True))
     out = export(run.model, run.config, source, args.directory / "model")
-    print(f"{rewrite(out, seldom_met(encoder, settings.seed))} tokens retired")
     print(f"exported to {out}: {sum(f.stat().st_size for f in out.iterdir()) / 2**20:.2f} MiB")
 
 

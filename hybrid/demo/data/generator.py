@@ -52,13 +52,13 @@ def _with_tools(talk: Talk) -> None:
     for turn in range(turns):
         last = turn == turns - 1
         roll = rng.random()
-        if roll < 0.4:
+        if roll < 0.37:
             tool_scenes.single(talk, rng.choice(talk.declared), answered=not last or talk.chance(0.8))
-        elif roll < 0.57:
+        elif roll < 0.55:
             tool_scenes.parallel(talk, answered=not last or talk.chance(0.7))
-        elif roll < 0.77:
+        elif roll < 0.73:
             tool_scenes.undeclared(talk)
-        elif roll < 0.82:
+        elif roll < 0.77:
             able = [d for d in talk.declared if tool_scenes.can_be_incomplete(d)]
             if able:
                 tool_scenes.incomplete(talk, rng.choice(able))

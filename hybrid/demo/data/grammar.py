@@ -11,6 +11,8 @@ from random import Random
 from typing import Any
 
 SPLITS = ("train", "dev", "sealed")
+FRAMES = ("do", "thing")
+"""Kinds of phrases: what is to be done, and what is wanted."""
 
 _TOKEN = re.compile(r"[(|)]|[^(|)]+")
 SLOT = re.compile(r"\{([a-z_.*]+)\}")
@@ -138,3 +140,22 @@ def blocks(name: str) -> list[dict[str, list[str]]]:
 def by_split(block: dict[str, list[str]]) -> dict[str, list[Pattern]]:
     """The block's wordings."""
     return {split: [Pattern(line) for line in block.get(split, [])] for split in SPLITS}
+
+
+def all_wordings(block: dict[str, list[str]]) -> dict[str, list[Pattern]]:
+    """The block's wordings; those of training also in the sentences that frames.txt has for its phrases."""
+    found = by_split(block)
+    for kind in FRAMES:
+        found["train"] += framed(kind, block.get(kind, []))
+    return found
+
+
+def framed(kind: str, phrases: list[str]) -> list[Pattern]:
+    """Each phrase in any of the frames of its kind, one of `FRAMES`."""
+    frames = next(block[kind] for block in blocks("frames.txt") if kind in block)
+    patterns = []
+    for phrase in phrases:
+        pattern = Pattern("(" + "|".join(frames).replace(f"{{{kind}}}", f"({phrase})") + ")")
+        pattern.line = phrase
+        patterns.append(pattern)
+    return patterns

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import cache
 from random import Random
 
-from hybrid.demo.data.grammar import SLOT, Pattern, blocks, by_split, fill, slots_of
+from hybrid.demo.data.grammar import SLOT, Pattern, all_wordings, blocks, fill, slots_of
 from hybrid.demo.data.talk import Talk, spoken
 from hybrid.demo.data.vocabulary import NUMBER_WORDS, split_of
 
@@ -14,7 +14,7 @@ _Wordings = dict[str, list[Pattern]]
 
 @cache
 def _named(file: str, heading: str) -> dict[str, tuple[dict[str, list[str]], _Wordings]]:
-    return {block[heading][0]: (block, by_split(block)) for block in blocks(file) if heading in block}
+    return {block[heading][0]: (block, all_wordings(block)) for block in blocks(file) if heading in block}
 
 
 def intents() -> list[str]:

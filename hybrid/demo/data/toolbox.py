@@ -9,7 +9,7 @@ from functools import cache
 from random import Random
 from typing import Any
 
-from hybrid.demo.data.grammar import SPLITS, Pattern, blocks, by_split
+from hybrid.demo.data.grammar import FRAMES, SPLITS, Pattern, all_wordings, blocks, framed
 from hybrid.demo.data.vocabulary import SCHEMAS, split_of
 
 
@@ -95,23 +95,10 @@ def _read(block: dict[str, list[str]]) -> Tool:
     else:
         kind, answer = parts[0], parts[-1]
     missing = [Pattern(part) for line in block.get("missing", []) for part in line.split(" / ")]
-    wordings = by_split(block)
-    wordings["train"] += _framed("do", block["do"]) + _framed("thing", block["thing"])
     return Tool(
         block["tool"][0].split("/"), block["about"][0].split(" / "), parameters,
-        [k for k in keys.split("/") if k], kind, answer, wordings, missing,
+        [k for k in keys.split("/") if k], kind, answer, all_wordings(block), missing,
     )  # fmt: skip
-
-
-def _framed(kind: str, phrases: list[str]) -> list[Pattern]:
-    """Each phrase in any of the frames of its kind."""
-    frames = next(block[kind] for block in blocks("frames.txt") if kind in block)
-    patterns = []
-    for phrase in phrases:
-        pattern = Pattern("(" + "|".join(frames).replace(f"{{{kind}}}", f"({phrase})") + ")")
-        pattern.line = phrase
-        patterns.append(pattern)
-    return patterns
 
 
 _NOUNS = """altitude population mayor area postcode elevation founder age height salary balance birthday address rating
@@ -235,8 +222,8 @@ def _insert(lines: dict[str, str], **words: str) -> dict[str, list[Pattern]]:
         for line in lines[split].splitlines():
             patterns[split].append(Pattern(inserted(line)))
             patterns[split][-1].line = line
-    for kind in ("do", "thing"):
-        patterns["train"] += _framed(kind, [inserted(line) for line in lines.get(kind, "").splitlines()])
+    for kind in FRAMES:
+        patterns["train"] += framed(kind, [inserted(line) for line in lines.get(kind, "").splitlines()])
     return patterns
 
 

@@ -3,8 +3,10 @@
 A value of a kind is drawn as it stands in a sentence, together with what a tool's argument must hold.
 """
 
+import re
 import zlib
 from functools import cache
+from importlib import resources
 from random import Random
 from typing import Any, NamedTuple
 
@@ -36,6 +38,14 @@ def _lists() -> dict[str, dict[str, list[str]]]:
             for split in SPLITS
         }  # facts are told in every split: what they name is in none but the first
     return found
+
+
+@cache
+def _said() -> list[str]:
+    """Every lower-case word of the data files."""
+    folder = resources.files(__package__) / "text"
+    texts = (file.read_text(encoding="utf-8") for file in folder.iterdir() if file.name.endswith(".txt"))
+    return sorted({word for text in texts for word in re.findall(r"\b[a-z]{3,}\b", text)})
 
 
 _ONSETS = "b br c ch d dr f fl g gr h j k kl l m n p pl r s sh st t th tr v w z".split()
@@ -106,8 +116,16 @@ class Vocabulary:
         count = self.rng.randint(low, high)
         return "".join(pick(_ONSETS) + pick(_VOWELS) for _ in range(count)) + pick(_CODAS)
 
+    def _invented(self, low: int, high: int) -> str:
+        """A word that no list has: syllables, or the head of one word and the tail of another, so that whatever
+        pieces words are made of have to be copied."""
+        if self.rng.random() < 0.65:
+            return self._syllables(low, high)
+        head, tail = (self.rng.choice(_said()) for _ in range(2))
+        return head[: self.rng.randint(1, 3 * low)] + tail[-self.rng.randint(1, 3 * high) :]
+
     def _name(self, low: int = 1, high: int = 3) -> str:
-        return self._own(lambda: self._syllables(low, high).capitalize())
+        return self._own(lambda: self._invented(low, high).capitalize())
 
     def _cased(self, text: str) -> str:
         """Now and then as hasty people type it."""
@@ -152,7 +170,7 @@ class Vocabulary:
     def _word(self) -> str:
         if self.rng.random() < 0.6:
             return self.rng.choice(_lists()["words"][self.split])
-        return self._own(lambda: self._syllables(1, 3))
+        return self._own(lambda: self._invented(1, 3))
 
     def _dish(self) -> str:
         if self.rng.random() < 0.5 and (known := _lists()["dishes"][self.split]):
@@ -242,7 +260,7 @@ class Vocabulary:
         return f"{self.number(2, 999)} {self.rng.choice(['km', 'miles', 'kilometers'])}"
 
     def _foreign(self) -> str:
-        return " ".join(self._own(lambda: self._syllables(1, 2)) for _ in range(self.rng.randint(1, 3)))
+        return " ".join(self._own(lambda: self._invented(1, 2)) for _ in range(self.rng.randint(1, 3)))
 
     def _expression(self) -> str:
         n = [str(self.number(1, 99)) for _ in range(3)]
