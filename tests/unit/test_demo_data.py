@@ -13,7 +13,7 @@ import pytest
 from hybrid.demo.data import small_talk
 from hybrid.demo.data.encode import Encoder
 from hybrid.demo.data.generator import conversation, conversations
-from hybrid.demo.data.grammar import SPLITS, Pattern, blocks, by_split
+from hybrid.demo.data.grammar import SPLITS, Pattern, all_wordings, blocks, by_split
 from hybrid.demo.data.talk import Conversation, Talk, spoken
 from hybrid.demo.data.tool_scenes import REFUSAL
 from hybrid.demo.data.toolbox import Tool, declare, novel_tool, written_tools
@@ -278,3 +278,32 @@ def test_text_files_are_part_of_the_package() -> None:
 
     folder = Path(hybrid.demo.data.__path__[0]) / "text"
     assert {f.name for f in folder.iterdir()} == {*FILES, "frames.txt", "stories.txt", "words.txt"}
+
+
+def test_what_training_says_to_a_request_can_be_known_from_it() -> None:
+    """The same words, in a conversation with the same tools, are never both a call and something to say."""
+
+    def plain(pattern: Pattern, i: int) -> str:
+        text = re.sub(r"\{[a-z_.]+\}", "<x>", pattern.sample(Random(i)))
+        return re.sub("[?!.,]", "", text.lower()).strip()
+
+    chat: dict[str, str] = {}
+    for file, heading in (("chat.txt", "intent"), ("facts.txt", "table"), ("numbers.txt", "op")):
+        for block in blocks(file):
+            for pattern in all_wordings(block)["train"] if heading in block else []:
+                chat |= {plain(pattern, i): block[heading][0] for i in range(min(pattern.count(), 400))}
+    shared = [
+        (chat[text], tool.key, text)
+        for tool in written_tools()
+        for pattern in tool.wordings["train"]
+        for text in {plain(pattern, i) for i in range(min(pattern.count(), 400))}
+        if text in chat
+    ]
+    # small talk leaves these to the tools where they are declared
+    known = {
+        ("add", "add_numbers"),
+        ("add", "calculate"),
+        ("dontknow", "define_word"),
+        ("dontknow", "get_recipe"),
+    }
+    assert {(one, other) for one, other, _ in shared} <= known, shared[:20]

@@ -7,7 +7,7 @@ from hybrid.demo.data import small_talk, tool_scenes
 from hybrid.demo.data.talk import Conversation, Talk
 
 _INTENT_WEIGHTS = {"dontknow": 4.0, "story": 1.5, "storyanimal": 1.5, "storyname": 1.5, "whoareyou": 2.5, "tellname": 2.0,
-                   "askname": 2.0, "hello": 2.0, "howareyou": 1.5, "whatcanyou": 1.5}  # fmt: skip
+                   "askname": 1.0, "hello": 2.0, "howareyou": 1.5, "whatcanyou": 1.5}  # fmt: skip
 
 
 def conversation(split: str, rng: Random) -> Conversation:
@@ -35,14 +35,17 @@ def conversations(split: str, seed: int) -> Iterator[Conversation]:
 
 def _small_talk(talk: Talk) -> None:
     roll = talk.rng.random()
-    if roll < 0.5:
-        names = small_talk.intents()
+    declared = {d.tool.key for d in talk.declared}
+    if talk.facts and talk.chance(0.25):
+        small_talk.chat(talk, f"ask{talk.rng.choice(list(talk.facts))}")
+    elif roll < 0.47:
+        names = [n for n in small_talk.intents() if n != "dontknow" or not declared & tool_scenes.KNOWING]
         weights = [_INTENT_WEIGHTS.get(name, 1.0) for name in names]
         small_talk.chat(talk, talk.rng.choices(names, weights)[0])
-    elif roll < 0.65:
+    elif roll < 0.61:
         small_talk.fact(talk)
     else:
-        small_talk.numbers(talk)
+        small_talk.numbers(talk, reckoning=not declared & tool_scenes.RECKONING)
 
 
 def _with_tools(talk: Talk) -> None:

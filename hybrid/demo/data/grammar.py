@@ -11,8 +11,8 @@ from random import Random
 from typing import Any
 
 SPLITS = ("train", "dev", "sealed")
-FRAMES = ("do", "thing")
-"""Kinds of phrases: what is to be done, and what is wanted."""
+_FRAMES = {"do": ["do"], "want": ["want"], "thing": ["want", "ask"]}
+"""Kinds of phrases, and the headings of frames.txt whose sentences they go into."""
 
 _TOKEN = re.compile(r"[(|)]|[^(|)]+")
 SLOT = re.compile(r"\{([a-z_.*]+)\}")
@@ -142,20 +142,31 @@ def by_split(block: dict[str, list[str]]) -> dict[str, list[Pattern]]:
     return {split: [Pattern(line) for line in block.get(split, [])] for split in SPLITS}
 
 
-def all_wordings(block: dict[str, list[str]]) -> dict[str, list[Pattern]]:
-    """The block's wordings; those of training also in the sentences that frames.txt has for its phrases."""
+def all_wordings(
+    block: dict[str, list[str]], *, of_tool: bool = False, open_ended: frozenset[str] = frozenset()
+) -> dict[str, list[Pattern]]:
+    """The block's wordings; those of training also in the sentences that frames.txt has for its phrases.
+
+    `open_ended`: slots for free text. A sentence that goes on after one leaves unclear where it ends.
+    """
     found = by_split(block)
-    for kind in FRAMES:
-        found["train"] += framed(kind, block.get(kind, []))
+    for kind, headings in _FRAMES.items():
+        taken = [*headings, *(f"{heading}_tool" for heading in headings if of_tool)]
+        for phrase in block.get(kind, []):
+            last = SLOT.findall(phrase)[-1] if phrase.endswith("}") else ""
+            found["train"].append(_framed(phrase, _frames(*taken, whole=last in open_ended)))
     return found
 
 
-def framed(kind: str, phrases: list[str]) -> list[Pattern]:
-    """Each phrase in any of the frames of its kind, one of `FRAMES`."""
-    frames = next(block[kind] for block in blocks("frames.txt") if kind in block)
-    patterns = []
-    for phrase in phrases:
-        pattern = Pattern("(" + "|".join(frames).replace(f"{{{kind}}}", f"({phrase})") + ")")
-        pattern.line = phrase
-        patterns.append(pattern)
-    return patterns
+@cache
+def _frames(*headings: str, whole: bool) -> str:
+    """Alternatives of a pattern; `whole`: only sentences that end with the phrase, written "{}" in them."""
+    lines = [line for block in blocks("frames.txt") for h in headings for line in block.get(h, [])]
+    lines = [line.replace("{do}", "{}").replace("{thing}", "{}") for line in lines]
+    return "|".join(line for line in lines if not whole or line.endswith("{}"))
+
+
+def _framed(phrase: str, frames: str) -> Pattern:
+    pattern = Pattern("(" + frames.replace("{}", f"({phrase})") + ")")
+    pattern.line = phrase
+    return pattern

@@ -1,7 +1,6 @@
 """Scenes without tools: small talk, facts, numbers, instructions, jokes and stories."""
 
 import re
-from collections.abc import Callable
 from functools import cache
 from random import Random
 
@@ -18,8 +17,20 @@ def _named(file: str, heading: str) -> dict[str, tuple[dict[str, list[str]], _Wo
 
 
 def intents() -> list[str]:
-    """The intents of chat.txt."""
-    return list(_named("chat.txt", "intent"))
+    """The intents of chat.txt that a conversation can turn to."""
+    named = _named("chat.txt", "intent")
+    follow = {name for block, _ in named.values() for name in _followers(block)}
+    return [name for name in named if name not in follow or "starts" in named[name][0]]
+
+
+def _followers(block: dict[str, list[str]]) -> list[str]:
+    """Intents that the user's next message may have, as often as they are named."""
+    return " ".join(block.get("then", [])).split()
+
+
+def unknown() -> str:
+    """What is said to a question that the model cannot answer."""
+    return _named("chat.txt", "intent")["dontknow"][0]["reply"][0]
 
 
 def chat(talk: Talk, name: str) -> None:
@@ -41,7 +52,10 @@ def chat(talk: Talk, name: str) -> None:
         known = {**talk.facts, **values}
         if "unknown" in block and not set(slots_of(reply)) <= set(known):
             reply = block["unknown"][0]
-        talk.says(fill(reply, known), "memory" if "unknown" in block else "chat", wording)
+        kind = "chat" if "unknown" not in block else "not told" if reply in block["unknown"] else "memory"
+        talk.says(fill(reply, known), kind, wording)
+    if (followers := _followers(block)) and talk.chance(0.4):
+        chat(talk, talk.rng.choice(followers))
 
 
 def fact(talk: Talk) -> None:
@@ -73,13 +87,15 @@ _OPERATIONS: dict[str, float] = {
 }  # fmt: skip
 
 
+_RECKONED = {"add", "subtract", "multiply"}
 _SPELT = {"add": 0.08, "subtract": 0.08, "multiply": 0.08, "count": 0.3, "countfrom": 0.3, "countdown": 0.3}
 """How often small numbers are written as words."""
 
 
-def numbers(talk: Talk, operation: str | None = None) -> None:
-    """A question about numbers or a plain instruction, from numbers.txt."""
-    name = operation or talk.rng.choices(list(_OPERATIONS), list(_OPERATIONS.values()))[0]
+def numbers(talk: Talk, operation: str | None = None, *, reckoning: bool = True) -> None:
+    """A question about numbers or a plain instruction, from numbers.txt; `reckoning`: sums among them."""
+    weights = {k: w for k, w in _OPERATIONS.items() if reckoning or k not in _RECKONED}
+    name = operation or talk.rng.choices(list(weights), list(weights.values()))[0]
     block, wordings = _named("numbers.txt", "op")[name]
     values, kind = _numbers_for(talk, name)
     pattern = talk.pick(wordings)
@@ -201,6 +217,3 @@ def is_story(text: str, asked: str) -> bool:
     begins = any(re.match(re.sub(r"\ba ", "an? ", shape), text) for shape in opening)
     ends = any(re.search(shape + "$", text) for shape in ending)
     return begins and ends and all(word in text for word in asked.split())
-
-
-Scene = Callable[[Talk], None]

@@ -8,7 +8,7 @@ from functools import cache
 from random import Random
 from typing import Any
 
-from hybrid.demo.data.grammar import Pattern, blocks, by_split, fill, loosen, tidy
+from hybrid.demo.data.grammar import Pattern, blocks, by_split, fill, loosen, slots_of, tidy
 from hybrid.demo.data.toolbox import Declared
 from hybrid.demo.data.vocabulary import Vocabulary
 
@@ -64,16 +64,17 @@ class Talk:
         text = self.words.expand(self.pick(_around("system")).sample(self.rng))
         self.messages.append({"role": "system", "content": text})
 
-    def user(self, request: str, *, around: float = 0.0) -> None:
-        """A user's message: `request` as people type it, with chance `around` among other sentences."""
+    def user(self, request: str, *, around: float = 0.0, more: bool = True) -> None:
+        """A user's message: `request` as people type it, with chance `around` among other sentences; `more`: of
+        which some may follow it."""
         rng, text = self.rng, request
         hasty = rng.random()
         if text[-1].isalnum() or text[-1] in "\"'}":
-            text += "" if hasty < 0.5 else "."
+            text += "" if hasty < 0.5 else "." if hasty < 0.88 else "!"
         elif text[-1] == "?" and hasty < 0.12:
             text = text[:-1]
         if rng.random() < around:
-            sides = rng.choice(["before", "before", "after", "both"])
+            sides = rng.choice(["before", "before", "after", "both"]) if more else "before"
             if sides != "after":
                 text = f"{self._sentence('before')} {text}"
             if sides != "before":
@@ -81,7 +82,12 @@ class Talk:
         self.messages.append({"role": "user", "content": text})
 
     def _sentence(self, place: str) -> str:
-        return self.words.expand(self.pick(_around(place)).sample(self.rng))
+        text = self.pick(_around(place)).sample(self.rng)
+        values = {slot: self.words.text(slot) for slot in slots_of(text)}
+        for told, fact in _TOLD.items():
+            if found := re.search(told, text):
+                self.facts[fact] = values[found[1]]
+        return fill(text, values)
 
     def says(self, text: str, kind: str, wording: str, judge: str = "exact") -> None:
         self.probes.append(Probe(len(self.messages), kind, wording, judge))
@@ -114,6 +120,10 @@ class Talk:
         return Conversation(self.messages, tools, self.probes)
 
 
+_TOLD = {r"^(?:I am|I'm|My name is) \{(person)\}": "name", r"^(?:I|We) (?:like|love) \{(topic)\}": "like"}
+"""What sentences around a request tell, and may be asked for later."""
+
+
 @cache
 def _around(place: str) -> dict[str, list[Pattern]]:
     return next(by_split(block) for block in blocks("around.txt") if place in block)
@@ -133,9 +143,29 @@ def spoken(
         while _plainly(loose) in _held_out():
             loose = pattern.sample(talk.rng)
         text = loose
+    if talk.chance(0.6):
+        text = _carefully(text)
     if begins and talk.chance(0.75):
         text = text[:1].upper() + text[1:]  # of a slot, the brace
     return tidy(fill(text, values))
+
+
+_NAMES = """German French Spanish Chinese Italian Latin Russian English Kimi Claude Siri Gemini Llama Moonshot Google Monday
+Tuesday Friday Sunday""".split()
+_CAPITALS = {
+    **{name.lower(): name for name in _NAMES},
+    "chatgpt": "ChatGPT",
+    "gpt": "GPT",
+    "openai": "OpenAI",
+    "k2": "K2",
+}
+
+
+def _carefully(text: str) -> str:
+    """A wording, its slots still open, with the capitals that hasty people leave out."""
+    text = re.sub(r"(?<![{\w])i(?![}\w])", "I", text)
+    text = re.sub(r"(?<![{\w])[a-z]+2?(?![}\w])", lambda word: _CAPITALS.get(word[0], word[0]), text)
+    return re.sub(r"(?<=[.?!] )[a-z]", lambda letter: letter[0].upper(), text)
 
 
 def _plainly(text: str) -> str:

@@ -3,17 +3,22 @@
 import json
 from typing import Any
 
-from hybrid.demo.data.grammar import Pattern, fill
+from hybrid.demo.data import small_talk
+from hybrid.demo.data.grammar import Pattern, fill, slots_of
 from hybrid.demo.data.talk import Talk, spoken
-from hybrid.demo.data.toolbox import Declared, Tool, declare, novel_tool, written_tools
+from hybrid.demo.data.toolbox import OPEN_ENDED, Declared, Tool, declare, novel_tool, written_tools
 
 REFUSAL = "Sorry, I have no tool for that."
 _CONFUSABLE = [
     {"calculate", "add_numbers"}, {"create_note", "add_task"}, {"get_directions", "book_flight"},
     {"set_timer", "add_task"}, {"send_message", "send_email"}, {"set_timer", "set_alarm"},
-    {"open_app", "play_music"},
+    {"open_app", "play_music"}, {"define_word", "search_web"}, {"get_recipe", "search_web"},
+    {"create_event", "add_task"}, {"create_note", "add_to_list"},
 ]  # fmt: skip
 """Tools that answer to much the same requests: never declared together, nor one asked for when only the other is."""
+KNOWING = {"search_web", "define_word", "get_recipe"}
+RECKONING = {"calculate", "add_numbers"}
+"""Tools that answer what small talk otherwise does."""
 _SEARCHES = "search_web"  # would do for almost any request
 _LISTABLE = {"city", "company", "person", "dish", "code"}
 _SKIES = """sunny cloudy rainy windy foggy clear snowy stormy overcast hazy warm cold hot mild freezing humid dry cool icy
@@ -93,7 +98,7 @@ def _result(talk: Talk, target: Declared, values: dict[str, Any]) -> tuple[str, 
             ]
         )
         return content, fill(tool.answer, said)
-    drawn = talk.words.text("number") if tool.result_kind == "small" else talk.words.text(tool.result_kind)
+    drawn = _computed(talk, tool.key, values) or talk.words.text(tool.result_kind)
     sentence = fill(tool.answer, {**said, "result": drawn})
     value: Any = drawn
     if drawn.isdigit() and talk.chance(0.7):
@@ -115,6 +120,17 @@ def _result(talk: Talk, target: Declared, values: dict[str, Any]) -> tuple[str, 
     return _dumps(talk, result), sentence
 
 
+def _computed(talk: Talk, key: str, values: dict[str, Any]) -> str:
+    """The result of a tool whose results are easily right; else nothing."""
+    if key == "add_numbers":
+        return str(values["a"] + values["b"])
+    if key == "count_letters":
+        return str(len(values["word"]))
+    if key == "roll_dice":
+        return str(talk.rng.randint(values["count"], 6 * values["count"]))
+    return ""
+
+
 def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
@@ -132,7 +148,9 @@ def _weather(talk: Talk, city: str) -> tuple[str, str]:
     if talk.chance(0.15):
         also = ["windy", "cold", "warm", "wet", "dry", "humid", "hot", "cool"]
         sky += " and " + rng.choice([word for word in also if word not in sky])
-    degrees = rng.randint(-20, 40)
+    degrees: float = rng.randint(-20, 40)
+    if talk.chance(0.15):
+        degrees += rng.randint(1, 9) / 10
     written = sky.capitalize() if talk.chance(0.5) else sky
     temperature = rng.choice(["temperature", "temperature", "temp", "degrees", "temp_c", "temperature_c"])
     condition = rng.choice(
@@ -179,6 +197,12 @@ def answer(talk: Talk, calls: list[tuple[Declared, dict[str, Any]]], wording: st
     talk.says(" ".join(sentence for _, sentence in results), "result", wording)
 
 
+def _ends_open(target: Declared, pattern: Pattern) -> bool:
+    """Whether a request so worded ends in free text, which words after it would seem to belong to."""
+    open_ended = {p.label for p in target.tool.parameters if p.kind in OPEN_ENDED}
+    return pattern.line.endswith("}") and slots_of(pattern.line)[-1] in open_ended
+
+
 def _kind(target: Declared) -> str:
     if target.tool.result_kind == "weather":
         return "weather"
@@ -188,7 +212,7 @@ def _kind(target: Declared) -> str:
 def single(talk: Talk, target: Declared, *, answered: bool) -> None:
     """One call, perhaps its result and answer, perhaps the same for something else ("and in Rome?")."""
     text, calls, pattern = request(talk, target)
-    talk.user(text, around=0.35)
+    talk.user(text, around=0.35, more=not _ends_open(target, pattern))
     name = "novel" if target.tool.novel else target.tool.key
     talk.call([(target, calls[0])], _kind(target), f"{name}: {pattern.line}")
     if not answered:
@@ -219,8 +243,12 @@ def parallel(talk: Talk, *, answered: bool) -> None:
         calls, wording = [(target, v) for v in values], f"{target.tool.key}: {pattern.line}"
     elif len(talk.declared) >= 2:
         chosen = rng.sample(talk.declared, 2)
-        joint = rng.choice([" and ", ". ", ", and ", ". Also, ", " and also "])
-        asked = [request(talk, chosen[0]), request(talk, chosen[1], begins=joint == ". ")]
+        asked = [request(talk, chosen[0])]
+        joints = [". ", ". Also, "] + [" and ", ", and ", " and also "] * (
+            not _ends_open(chosen[0], asked[0][2])
+        )
+        joint = rng.choice(joints)
+        asked.append(request(talk, chosen[1], begins=joint == ". "))
         one, two = (text for text, _, _ in asked)
         text = (one if joint[0] == "." and one[-1] == "?" else one.rstrip("?.") + joint[0]) + joint[1:] + two
         calls = [(target, values[0]) for target, (_, values, _) in zip(chosen, asked, strict=True)]
@@ -259,19 +287,20 @@ def undeclared(talk: Talk) -> None:
             _clash(tool, d.tool) for d in talk.declared
         ):
             break
-    if tool.novel and tool.result_keys and not talk.declared:
-        return  # without tools, such a question is one the model simply cannot answer
-    text, _, pattern = request(talk, declare(tool, rng))
+    if tool.missing and talk.chance(0.15):
+        pattern = rng.choice(tool.missing)
+        text = spoken(talk, pattern, {})
+    else:
+        text, _, pattern = request(talk, declare(tool, rng))
     talk.user(text, around=0.25)
-    talk.says(
-        REFUSAL,
-        "undeclared" if talk.declared else "without tools",
-        f"{'novel' if tool.novel else tool.key}: {pattern.line}",
-    )
+    wording = f"{'novel' if tool.novel else tool.key}: {pattern.line}"
+    if talk.declared:
+        talk.says(REFUSAL, "undeclared", wording)
+    elif tool.novel and tool.result_keys:  # a question as any other
+        talk.says(small_talk.unknown(), "without tools", wording)
+    else:
+        talk.says(REFUSAL, "without tools", wording)
 
 
 def can_be_incomplete(target: Declared) -> bool:
     return bool(target.tool.missing) and len(target.tool.required) == 1
-
-
-__all__ = ["REFUSAL", "can_be_incomplete", "declare_some", "incomplete", "parallel", "single", "undeclared"]

@@ -9,7 +9,7 @@ from functools import cache
 from random import Random
 from typing import Any
 
-from hybrid.demo.data.grammar import FRAMES, SPLITS, Pattern, all_wordings, blocks, framed
+from hybrid.demo.data.grammar import SPLITS, Pattern, all_wordings, blocks
 from hybrid.demo.data.vocabulary import SCHEMAS, split_of
 
 
@@ -76,6 +76,10 @@ class Declared:
         return {self.names[label]: values[label] for label in self.names if label in values}
 
 
+OPEN_ENDED = {"message", "task", "topic", "event", "title", "dish", "item", "snippet"}
+"""Kinds of free text, which nothing but quotes would set apart from the words around it."""
+
+
 @cache
 def written_tools() -> list[Tool]:
     """The tools of tools.txt."""
@@ -94,17 +98,17 @@ def _read(block: dict[str, list[str]]) -> Tool:
         keys, kind, answer = parts
     else:
         kind, answer = parts[0], parts[-1]
+    open_ended = frozenset(p.label for p in parameters if p.kind in OPEN_ENDED)
     missing = [Pattern(part) for line in block.get("missing", []) for part in line.split(" / ")]
     return Tool(
         block["tool"][0].split("/"), block["about"][0].split(" / "), parameters,
-        [k for k in keys.split("/") if k], kind, answer, all_wordings(block), missing,
+        [k for k in keys.split("/") if k], kind, answer, all_wordings(block, of_tool=True, open_ended=open_ended), missing,
     )  # fmt: skip
 
 
-_NOUNS = """altitude population mayor area postcode elevation founder age height salary balance birthday address rating
-score weight color calories ingredients author publisher length width duration capacity speed schedule menu history
-members owner manager sales revenue budget humidity sunrise sunset tide traffic pollen parking opening_hours air_quality
-nickname hobby profession country region district river_level water_temperature wind_speed ticket_price rent tax deadline
+_NOUNS = """altitude population area postcode elevation founder height salary balance birthday rating
+score weight calories author publisher width duration capacity speed schedule menu members owner manager sales revenue budget sunrise sunset tide traffic pollen parking opening_hours air_quality
+nickname hobby profession country region district river_level water_temperature ticket_price rent tax deadline
 headquarters website logo slogan director producer editor artist genre volume_number page_count edition version license
 battery memory storage mileage fuel engine license_plate insurance blood_type shoe_size allergy diet favorite_team coach
 captain ranking medals record_time stadium league visa_rules holidays anthem flag dialing_code voltage plug_type water_depth
@@ -146,7 +150,7 @@ let me see the NOUN for {key}""",
 }
 _ACTS = """delete archive close lock unlock approve cancel restart stop pause invite block follow ban print rename copy move
 hide show start resume accept reject mute pin share export import clean repair test check count sort""".split()
-_OBJECTS = """file ticket project user account door order job server folder window group channel page table camera printer
+_OBJECTS = """file ticket project user account door job server folder window group channel page table camera printer
 playlist document invoice branch build task machine robot gate device sensor room report backup member image video""".split()
 _ACT_NAMES = ["{}_{}", "{}_{}", "do_{}_{}", "{}_the_{}", "{}_{}_by_name", "{}_{}_now"]
 _ACT_WORDINGS = {
@@ -184,16 +188,17 @@ def novel_tool(split: str, rng: Random) -> Tool:
         keys, result, answer = (
             [noun, "result", "value"],
             rng.choice(["number", "word", "money", "person"]),
-            f"The {spoken} of {{key}} is {{result}}.",
+            f"{spoken.capitalize()} of {{key}}: {{result}}.",
         )
     else:
         while True:
             act, thing = rng.choice(_ACTS), rng.choice(_OBJECTS)
             if split_of(f"{act} {thing}") == split:
                 break
+        a = "an" if thing[0] in "aeiou" and thing != "user" else "a"
         root, kind = f"{act} {thing}", rng.choice(["word", "code", "person", "company", "title"])
         names = [form.format(act, thing) for form in _ACT_NAMES]
-        about = [f"{act.capitalize()} a {thing}.", f"Used to {act} a {thing}", f"{act} {thing}"]
+        about = [f"{act.capitalize()} {a} {thing}.", f"Used to {act} {a} {thing}", f"{act} {thing}"]
         wordings = _insert(_ACT_WORDINGS, ACT=act, OBJECT=thing)
         keys, result, answer = [], "ok", f"Done: {act} {thing} {{key}}."
     own = _SUBJECTS.get(kind, ["name"])
@@ -216,14 +221,11 @@ def _insert(lines: dict[str, str], **words: str) -> dict[str, list[Pattern]]:
             line = line.replace(name, word)
         return line
 
-    patterns: dict[str, list[Pattern]] = {}
+    block = {kind: [inserted(line) for line in text.splitlines()] for kind, text in lines.items()}
+    patterns = all_wordings(block, of_tool=True)
     for split in SPLITS:
-        patterns[split] = []
-        for line in lines[split].splitlines():
-            patterns[split].append(Pattern(inserted(line)))
-            patterns[split][-1].line = line
-    for kind in FRAMES:
-        patterns["train"] += framed(kind, [inserted(line) for line in lines.get(kind, "").splitlines()])
+        for pattern, line in zip(patterns[split], lines[split].splitlines(), strict=False):
+            pattern.line = line
     return patterns
 
 

@@ -156,6 +156,9 @@ class Vocabulary:
             return self._cased(self._name(1, 2))
         return f"{self._name(1, 2)} {self._name(1, 2)}"
 
+    def _contact(self) -> str:
+        return self.text("relation") if self.rng.random() < 0.15 else self._person()
+
     def _company(self) -> str:
         roll = self.rng.random()
         if roll < 0.4:
@@ -256,6 +259,15 @@ class Vocabulary:
             )
         )
 
+    def _outcome(self) -> str:
+        """What a calculation may give."""
+        roll, number = self.rng.random(), self._number()
+        if roll < 0.6:
+            return number
+        if roll < 0.75:
+            return f"-{number}"
+        return f"{number}.{self.rng.randint(1, 9)}" if roll < 0.9 else f"{number}{self.rng.randint(10, 99)}"
+
     def _distance(self) -> str:
         return f"{self.number(2, 999)} {self.rng.choice(['km', 'miles', 'kilometers'])}"
 
@@ -286,7 +298,7 @@ class Vocabulary:
 
 
 _LISTED = {
-    "item": "items", "event": "events", "message": "messages", "task": "tasks",
+    "item": "items", "relation": "relations", "event": "events", "message": "messages", "task": "tasks",
     "topping": "toppings", "snippet": "snippets", "status": "statuses", "error": "errors",
 }  # fmt: skip
 
