@@ -6,6 +6,8 @@ stories and jokes are really generated, greedily, and parsed as a client would g
 
 import argparse
 import json
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -25,6 +27,7 @@ from hybrid.demo.trainer.model import DemoModel
 from hybrid.demo.trainer.ops import TorchOps
 from hybrid.engine import Engine
 from hybrid.request import SamplingParams
+from offload.errors import HybridError
 
 CARD_TOOL: dict[str, Any] = {
     "type": "function",
@@ -40,7 +43,19 @@ CARD_TOOL: dict[str, Any] = {
 }
 """The declaration of K2's model card."""
 
-NO_CALL = {"chat", "fact", "sum", "large sum", "arithmetic", "count", "repeat", "memory", "story", "joke"}
+NO_CALL = {
+    "chat",
+    "fact",
+    "sum",
+    "large sum",
+    "arithmetic",
+    "count",
+    "repeat",
+    "memory",
+    "not told",
+    "story",
+    "joke",
+}
 """Kinds of turns that need no tool."""
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=400)
@@ -61,8 +76,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     args = parser.parse_args(argv)
-    with Engine.load(args.directory, device="cpu", threads=args.threads) as engine:
-        figures = examine(engine, args.directory, args.split, args.conversations, args.weather)
+    if args.conversations < 1 or args.weather < 1:
+        parser.error("--conversations and --weather are at least 1")
+    try:
+        with Engine.load(args.directory, device="cpu", threads=args.threads) as engine:
+            figures = examine(engine, args.directory, args.split, args.conversations, args.weather)
+    except HybridError as error:
+        sys.exit(f"hybrid.demo.evaluate: {error}")
     if args.json is not None:
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(figures, indent=2))
@@ -129,10 +149,10 @@ def _sums(split: str) -> Iterator[Conversation]:
 
 
 def _unwanted_calls(encoder: Encoder, some: list[Case], likely: dict[int, Any]) -> dict[str, Any]:
-    """How often a call turns up in a turn that needs no tool (or asks for one that is not there), tools being
-    declared."""
+    """How often a call turns up in a turn that needs no tool, asks for one that is not there, or leaves out what
+    the tool needs; tools being declared."""
     begin = encoder.tokenizer.special_ids["<|tool_calls_section_begin|>"]
-    found = {"no tool needed": [0, 0], "undeclared": [0, 0]}
+    found = {"no tool needed": [0, 0], "undeclared": [0, 0], "incomplete": [0, 0]}
     for case in some:
         for probe, (first, last) in zip(case.conversation.probes, case.spans, strict=True):
             group = "no tool needed" if probe.kind in NO_CALL else probe.kind
@@ -212,16 +232,16 @@ def _told(engine: Engine, split: str) -> dict[str, Any]:
             small_talk.chat(talk, name)
             asked = talk.messages[-1]["content"] if name == "storyname" else ""
             sample = "".join(d.content or "" for d in engine.chat(talk.messages[:-1], None, GREEDY))
-            good += judge(sample, _names_in(asked))
+            good += judge(sample, _hero_of(asked) if asked else "")
         found[name] = {"good": good / 20, "sample": sample}
     return found
 
 
-def _names_in(story: str) -> str:
-    """The hero's name and animal, from a story's own first sentence."""
-    first = story.split(".")[0]
-    name = first.rpartition("called ")[2] if "called " in first else first.rpartition("name ")[2]
-    return name.split(" lived")[0].strip()
+def _hero_of(story: str) -> str:
+    """The hero's animal and name, from a story's own first sentence."""
+    found = re.search(r"(\w+) (?:called|with the name) (.+?)(?: lived alone)?$", story.split(".")[0])
+    assert found, story
+    return f"{found[1]} {found[2]}"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,10 @@ import argparse
 import ctypes
 import os
 import signal
+import sys
 from pathlib import Path
+
+from offload.errors import HybridError
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,9 +36,20 @@ def main(argv: list[str] | None = None) -> None:
         "--stop-minutes", type=float, help="save and stop then; the same command goes on later"
     )
     args = parser.parse_args(argv)
+    if (
+        args.tokens < 1
+        or args.batch_tokens < 1
+        or args.evaluate_every < 1
+        or args.threads < 1
+        or args.workers < 1
+    ):
+        parser.error("--tokens, --batch-tokens, --evaluate-every, --threads and --workers are at least 1")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")  # torch's idle threads would spin on our kernels' cores
     _keep_pages()
-    train(args)
+    try:
+        train(args)
+    except HybridError as error:
+        sys.exit(f"hybrid.demo.train: {error}")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -45,7 +59,7 @@ def train(args: argparse.Namespace) -> None:
     from hybrid.demo.export import export
     from hybrid.demo.shape import config_fields
     from hybrid.demo.trainer.feed import Feed
-    from hybrid.demo.trainer.loop import Loop
+    from hybrid.demo.trainer.loop import BEST, Loop
     from hybrid.demo.trainer.matching import cases
     from hybrid.demo.trainer.state import Run, Settings
     from hybrid.synth import ASSETS
@@ -63,6 +77,8 @@ def train(args: argparse.Namespace) -> None:
     if saved.exists():
         run.restore(saved)
         print(f"going on from {run.tokens_seen / 1e6:.2f}M tokens")
+    else:
+        (args.directory / BEST).unlink(missing_ok=True)  # of a run that is no more
     loop = Loop(
         run,
         args.directory,

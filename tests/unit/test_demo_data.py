@@ -3,16 +3,15 @@
 import json
 import re
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 
-from hybrid.demo.data import small_talk
+from hybrid.demo.data import small_talk, tool_scenes
 from hybrid.demo.data.encode import Encoder
-from hybrid.demo.data.generator import conversation, conversations
+from hybrid.demo.data.generator import conversation
 from hybrid.demo.data.grammar import SPLITS, Pattern, all_wordings, blocks, by_split
 from hybrid.demo.data.talk import Conversation, Talk, spoken
 from hybrid.demo.data.tool_scenes import REFUSAL
@@ -23,9 +22,13 @@ from hybrid.synth import ASSETS
 FILES = ["chat.txt", "facts.txt", "numbers.txt", "tools.txt", "around.txt"]
 
 
+def conversations(split: str, seed: int, count: int) -> list[Conversation]:
+    return [conversation(split, Random(f"{split} {seed} {i}")) for i in range(count)]
+
+
 @pytest.fixture(scope="module")
 def some() -> list[Conversation]:
-    return list(islice(conversations("train", 5), 400))
+    return conversations("train", 5, 400)
 
 
 @pytest.fixture(scope="module")
@@ -138,14 +141,14 @@ def test_every_kind_of_word_exists_in_every_split(split: str) -> None:
 
 
 def test_same_seed_same_conversations() -> None:
-    assert list(islice(conversations("train", 3), 20)) == list(islice(conversations("train", 3), 20))
-    assert list(islice(conversations("train", 3), 5)) != list(islice(conversations("train", 4), 5))
+    assert conversations("train", 3, 20) == conversations("train", 3, 20)
+    assert conversations("train", 3, 5) != conversations("train", 4, 5)
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_calls_fit_their_declarations(split: str) -> None:
     calls = 0
-    for talk in islice(conversations(split, 1), 300):
+    for talk in conversations(split, 1, 300):
         declared = {t["function"]["name"]: t["function"]["parameters"] for t in talk.tools or []}
         assert len(declared) == len(talk.tools or [])
         for message in talk.messages:
@@ -198,7 +201,7 @@ def test_undeclared_tools_are_refused(some: list[Conversation]) -> None:
 
 
 def test_all_kinds_occur_in_all_splits() -> None:
-    kinds = [{p.kind for t in islice(conversations(split, 2), 500) for p in t.probes} for split in SPLITS]
+    kinds = [{p.kind for t in conversations(split, 2, 500) for p in t.probes} for split in SPLITS]
     assert kinds[0] == kinds[1] == kinds[2]
     assert {"weather", "call", "novel call", "parallel", "undeclared", "result", "sum", "story"} <= kinds[0]
 
@@ -220,6 +223,50 @@ def test_stories_are_recognised_and_other_texts_are_not() -> None:
         assert small_talk.is_story(text, "Tom fox"), text
         assert not small_talk.is_story(text, "Tom Anna"), text
         assert not small_talk.is_story(text[: len(text) // 2], ""), text
+
+
+def test_a_told_name_is_asked_for_and_answered() -> None:
+    """Also one that was told beside a request; and nobody is told a name that was not."""
+    asked = Counter[bool]()
+    for talk in conversations("train", 9, 600):
+        for probe in talk.probes:
+            if probe.kind in ("memory", "not told") and probe.wording.startswith("askname"):
+                said = " ".join(
+                    m["content"] for m in talk.messages[: probe.index] if m["role"] == "user"
+                ).lower()
+                answer = talk.messages[probe.index]["content"]
+                asked[told := answer != "You have not told me your name."] += 1
+                assert not told or answer.removeprefix("Your name is ").rstrip(".").lower() in said
+    assert min(asked.values()) > 5
+
+
+def test_a_question_of_the_models_gets_an_answer_that_fits() -> None:
+    found = set()
+    for i in range(200):
+        talk = Talk("train", Random(i))
+        small_talk.chat(talk, "iamsad")
+        replies = [m["content"] for m in talk.messages[1::2]]
+        assert replies[0].endswith("Would you like a story?")
+        if len(replies) > 1:
+            found.add("story" if small_talk.is_story(replies[1], "") else replies[1])
+    assert found == {"story", "All right. Tell me when you need something."}
+
+
+def test_results_that_are_easily_right_are() -> None:
+    tools = {t.key: t for t in written_tools()}
+    for key, right in (
+        ("add_numbers", lambda v: v["a"] + v["b"]),
+        ("count_letters", lambda v: len(v["word"])),
+    ):
+        for i in range(60):
+            talk = Talk("train", Random(i), declared=[made := declare(tools[key], Random(i))])
+            tool_scenes.single(talk, made, answered=True)
+            arguments = json.loads(talk.messages[1]["tool_calls"][0]["function"]["arguments"])
+            values = {label: arguments[name] for label, name in made.names.items()}
+            answer = talk.messages[3]["content"]
+            assert answer.startswith("Sorry") or str(right(values)) in re.findall(
+                r"\d+", answer.split('"')[-1]
+            )
 
 
 def test_novel_tools_of_the_splits_are_disjoint() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hybrid import Engine
 from hybrid.config import ModelConfig
 from hybrid.demo import evaluate, train
+from hybrid.demo.data import small_talk
 from hybrid.demo.data.encode import Encoder
 from hybrid.demo.export import export, read_back
 from hybrid.demo.shape import config_fields
@@ -26,7 +28,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoModel, Path]
     fields = config_fields(Encoder(ASSETS).tokenizer, SMALL)
     model = DemoModel(ModelConfig.from_dict(fields), TorchOps())
     with torch.no_grad():
-        model.lm_head.normal_()  # at nought in a new model
+        model.lm_head.normal_()  # not the embedding's, as in a new model
         for moe in model.moe_layers():
             moe.bias.normal_(0, 0.02)
     out = tmp_path_factory.mktemp("exported")
@@ -88,7 +90,7 @@ def test_the_examination_has_every_figure(
     assert figures["argmax_agreement_with_training_model"] > 0.99
     assert figures["exact_match"]["sum"]["turns"] >= 121  # all of 0 + 0 to 10 + 10
     assert figures["exact_match"]["sum"]["mean"] == 0.0  # of a model that was never trained
-    assert set(figures["unwanted_calls"]) == {"no tool needed", "undeclared"}
+    assert set(figures["unwanted_calls"]) == {"no tool needed", "undeclared", "incomplete"}
     assert len(figures["expert_load_max_over_mean"]) == 2
     assert figures["weather"]["prompts"] == 10
     assert figures["weather"]["called"] == figures["weather"]["called_at_default_temperature"] == 0.0
@@ -100,6 +102,32 @@ def test_perfect_answers_are_all_counted() -> None:
     tally = exact_matches(some, lambda case: torch.tensor(case.encoded.tokens.astype(int)).roll(-1).numpy())
     assert tally.mean() == 1.0
     assert len(tally.kinds()) > 4
+
+
+def test_a_story_is_judged_by_its_animal_and_name() -> None:
+    for i in range(100):
+        text = small_talk.story(Random(i), "owl", "Anna Maria")
+        assert evaluate._hero_of(text) == "owl Anna Maria"
+
+
+@pytest.mark.parametrize("option", [["--tokens", "0"], ["--batch-tokens", "0"], ["--evaluate-every", "0.5"]])
+def test_training_refuses_nonsense(
+    option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train.main([str(tmp_path), *option])
+    assert "at least 1" in capsys.readouterr().err
+
+
+def test_training_says_what_is_wrong_with_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(SystemExit, match=r"checkpoint\.pt: not a training checkpoint"):
+        train.main([str(tmp_path), "--tokens", "1e3", "--device", "cpu"])
+
+
+def test_the_examination_says_what_is_wrong_with_a_model(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"hybrid\.demo\.evaluate: "):
+        evaluate.main([str(tmp_path)])
 
 
 def test_one_command_trains_goes_on_and_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +149,11 @@ def test_one_command_trains_goes_on_and_exports(tmp_path: Path, monkeypatch: pyt
     train.main([*command, "--stop-minutes", "0"])
     assert (tmp_path / "checkpoint.pt").is_file()
     assert not (tmp_path / "model").exists()
+    (tmp_path / "checkpoint.pt").rename(tmp_path / "elsewhere.pt")
+    (tmp_path / "best.pt").write_bytes(b"of another run")
+    train.main([*command, "--stop-minutes", "0"])
+    assert not (tmp_path / "best.pt").exists()
+    (tmp_path / "elsewhere.pt").rename(tmp_path / "checkpoint.pt")
     train.main(command)
     with Engine.load(tmp_path / "model", "cpu", threads=2) as engine:
         assert engine.logits([1, 2, 3]).isfinite().all()

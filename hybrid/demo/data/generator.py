@@ -1,6 +1,5 @@
-"""The stream of conversations: what is talked about, and how much of each."""
+"""Conversations: what is talked about, and how much of each."""
 
-from collections.abc import Iterator
 from random import Random
 
 from hybrid.demo.data import small_talk, tool_scenes
@@ -24,13 +23,6 @@ def conversation(split: str, rng: Random) -> Conversation:
             tool_scenes.undeclared(talk)
             _small_talk(talk)
     return talk.done()
-
-
-def conversations(split: str, seed: int) -> Iterator[Conversation]:
-    """An endless stream, the same for the same split and seed."""
-    rng = Random(f"{split} {seed}")
-    while True:
-        yield conversation(split, Random(rng.getrandbits(64)))
 
 
 def _small_talk(talk: Talk) -> None:

@@ -12,6 +12,7 @@ from hybrid.demo.trainer.matching import Case, evaluate
 from hybrid.demo.trainer.plot import draw
 from hybrid.demo.trainer.state import Run
 
+BEST = "best.pt"
 NOTE_STEPS = 20
 """Steps that one entry of the history is a mean over."""
 
@@ -45,7 +46,7 @@ class Loop:
     @property
     def best_weights(self) -> Path:
         """The weights that did best on the development split."""
-        return self._directory / "best.pt"
+        return self._directory / BEST
 
     def stop(self) -> None:
         """Save and stop after the step that runs; for signal handlers."""

@@ -40,7 +40,7 @@ class Settings:
 
 @dataclass
 class Run:
-    """A model in training. `native`: the compiled CPU path; else torch's, on the model's device."""
+    """A model in training. `threads`: of the compiled CPU path; None: torch's operations, on `device`."""
 
     settings: Settings
     config: dict[str, Any]
