@@ -36,7 +36,7 @@ def declare_some(talk: Talk, count: int, *, weather: bool = False) -> None:
     if weather:
         chosen.append(written_tools()[0])
     while len(chosen) < count:
-        tool = novel_tool(talk.split, rng) if talk.chance(0.2) else rng.choice(written_tools())
+        tool = novel_tool(talk.split, rng) if talk.chance(0.3) else rng.choice(written_tools())
         if not any(_clash(tool, other) for other in chosen):
             chosen.append(tool)
     rng.shuffle(chosen)

@@ -235,7 +235,7 @@ def declare(tool: Tool, rng: Random) -> Declared:
     names: dict[str, str] = {}
     for p in taken:
         free = [n for n in p.names if n not in names.values() and n != "key"]
-        names[p.label] = free[0] if rng.random() < 0.65 else rng.choice(free)
+        names[p.label] = free[0] if rng.random() < 0.4 else rng.choice(free)
     described = rng.random() < 0.8
     properties = {}
     for p in taken:
@@ -250,7 +250,7 @@ def declare(tool: Tool, rng: Random) -> Declared:
     parameters: dict[str, Any] = {"type": "object", **fields}
     if rng.random() < 0.1:
         parameters["additionalProperties"] = False
-    name = tool.names[0] if rng.random() < 0.65 else rng.choice(tool.names)
+    name = tool.names[0] if rng.random() < 0.3 else rng.choice(tool.names)
     if rng.random() < 0.08:
         first, *rest = name.split("_")
         name = first + "".join(word.capitalize() for word in rest)
