@@ -1,7 +1,10 @@
 """The generator of training data: splits that share nothing, calls that fit their declarations, no chance."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -143,6 +146,24 @@ def test_every_kind_of_word_exists_in_every_split(split: str) -> None:
 def test_same_seed_same_conversations() -> None:
     assert conversations("train", 3, 20) == conversations("train", 3, 20)
     assert conversations("train", 3, 5) != conversations("train", 4, 5)
+
+
+def test_a_document_does_not_depend_on_the_process() -> None:
+    """Python's order of sets of strings differs from process to process."""
+    program = (
+        "from random import Random; from hybrid.demo.data.generator import conversation;"
+        "print([conversation('train', Random(i)) for i in range(150)])"
+    )
+    written = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            check=True,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert written[0] == written[1] != b""
 
 
 @pytest.mark.parametrize("split", SPLITS)

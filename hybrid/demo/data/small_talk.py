@@ -37,7 +37,7 @@ def chat(talk: Talk, name: str) -> None:
     """One exchange of an intent of chat.txt."""
     block, wordings = _named("chat.txt", "intent")[name]
     pattern = talk.pick(wordings)
-    values = {slot: talk.words.text(slot) for slot in pattern.slots}
+    values = {slot: talk.words.text(slot) for slot in sorted(pattern.slots)}
     talk.user(spoken(talk, pattern, values), around=0.12)
     for line in block.get("remembers", []):
         remembered, slot = line.split(" ")
