@@ -151,8 +151,10 @@ def test_same_seed_same_conversations() -> None:
 def test_a_document_does_not_depend_on_the_process() -> None:
     """Python's order of sets of strings differs from process to process."""
     program = (
-        "from random import Random; from hybrid.demo.data.generator import conversation;"
-        "print([conversation('train', Random(i)) for i in range(150)])"
+        "from random import Random; from hybrid.demo.data import generator, small_talk, talk;"
+        "print([generator.conversation('train', Random(i)) for i in range(60)]);"
+        "some = [talk.Talk('train', Random(i)) for i in range(20)];"
+        "print([small_talk.chat(t, 'storyname') or t.messages for t in some])"
     )
     written = [
         subprocess.run(
