@@ -8,11 +8,10 @@ wrote hybrid/assets' tiktoken.model and tokenizer_config.json.
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from random import Random
 
 from hybrid.demo.bpe import train_ranks, write_tokenizer
 from hybrid.demo.data.encode import Encoder
-from hybrid.demo.data.generator import conversation
+from hybrid.demo.trainer.feed import document
 from hybrid.synth import ASSETS
 
 RANKS = 1_000
@@ -22,12 +21,12 @@ ranks 2, 4 and 13 % of the sealed split's turns have one that training hardly do
 DOCUMENTS = 3_000
 
 
-def texts(encoder: Encoder, documents: int, seed: int = 0) -> Iterator[str]:
+def texts(encoder: Encoder, documents: int) -> Iterator[str]:
     """What stands between the special tokens of training documents."""
     special = set(encoder.tokenizer.special_ids.values())
     for i in range(documents):
         text: list[int] = []
-        for token in encoder.encode(conversation("train", Random(f"ranks {seed} {i}"))).tokens.tolist():
+        for token in document(encoder, "train", 0, i).tokens.tolist():
             if token in special:
                 yield encoder.tokenizer.decode(text)
                 text = []

@@ -36,13 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         "--stop-minutes", type=float, help="save and stop then; the same command goes on later"
     )
     args = parser.parse_args(argv)
-    if (
-        args.tokens < 1
-        or args.batch_tokens < 1
-        or args.evaluate_every < 1
-        or args.threads < 1
-        or args.workers < 1
-    ):
+    if min(args.tokens, args.batch_tokens, args.evaluate_every, args.threads, args.workers) < 1:
         parser.error("--tokens, --batch-tokens, --evaluate-every, --threads and --workers are at least 1")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")  # torch's idle threads would spin on our kernels' cores
     _keep_pages()
@@ -59,7 +53,7 @@ def train(args: argparse.Namespace) -> None:
     from hybrid.demo.export import export
     from hybrid.demo.shape import config_fields
     from hybrid.demo.trainer.feed import Feed
-    from hybrid.demo.trainer.loop import BEST, Loop
+    from hybrid.demo.trainer.loop import Loop
     from hybrid.demo.trainer.matching import cases
     from hybrid.demo.trainer.state import Run, Settings
     from hybrid.synth import ASSETS
@@ -74,11 +68,10 @@ def train(args: argparse.Namespace) -> None:
     run = Run(settings, fields, torch.device("cuda" if cuda else "cpu"), None if cuda else args.threads)
     args.directory.mkdir(parents=True, exist_ok=True)
     saved = args.directory / "checkpoint.pt"
-    if saved.exists():
+    resumed = saved.exists()
+    if resumed:
         run.restore(saved)
         print(f"going on from {run.tokens_seen / 1e6:.2f}M tokens")
-    else:
-        (args.directory / BEST).unlink(missing_ok=True)  # of a run that is no more
     loop = Loop(
         run,
         args.directory,
@@ -87,6 +80,8 @@ def train(args: argparse.Namespace) -> None:
         save_seconds=60 * args.save_minutes,
         stop_after=None if args.stop_minutes is None else 60 * args.stop_minutes,
     )
+    if not resumed:
+        loop.best_weights.unlink(missing_ok=True)  # of a run that is no more
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.stop())
     with Feed(source, settings.seed, settings.batch_tokens, run.next_document, args.workers) as feed:

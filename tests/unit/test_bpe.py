@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hybrid
-from hybrid.demo.bpe import train_ranks
+from hybrid.demo.bpe import train_ranks, write_tokenizer
 from hybrid.demo.data.encode import Encoder
 from hybrid.demo.ranks import texts
 from hybrid.tokenizer import RESERVED, Tokenizer
@@ -46,13 +46,19 @@ def by_definition(words: list[str], n_merges: int) -> list[bytes]:
     return merges
 
 
-def test_the_carried_tokenizer_says_training_documents_in_a_few_hundred_tokens() -> None:
+def test_the_carried_tokenizer_says_training_documents_in_few_pieces() -> None:
     """It was trained on them: a word of theirs is a piece or two, and the same documents give the same ranks."""
     said = list(texts(Encoder(ASSETS), 40))
     words = re.findall(r"[A-Za-z]+", " ".join(said))
     tokenizer = Tokenizer.load(ASSETS)
     assert sum(len(tokenizer.encode(word)) for word in words) / len(words) < 1.6
     assert train_ranks(said, 400) == train_ranks(texts(Encoder(ASSETS), 40), 400)
+
+
+def test_the_carried_files_are_written_from_their_ranks(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, carried_ranks())
+    for name in ("tiktoken.model", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (ASSETS / name).read_bytes()
 
 
 def test_the_carried_tokenizer_loads_and_round_trips() -> None:

@@ -88,7 +88,7 @@ def test_framed_wordings_keep_to_their_split() -> None:
             asked = {
                 spoken(talk, p, {slot: f"{{{slot}}}" for slot in p.slots})
                 for p in tool.wordings[split]
-                for _ in range(min(p.count(), 300))
+                for _ in range(min(p.count(), 2000))
             }
             said[split] = {re.sub("[?!.,:]", "", text.lower()) for text in asked}
         assert said["train"]
@@ -361,12 +361,12 @@ def test_what_training_says_to_a_request_can_be_known_from_it() -> None:
     for file, heading in (("chat.txt", "intent"), ("facts.txt", "table"), ("numbers.txt", "op")):
         for block in blocks(file):
             for pattern in all_wordings(block)["train"] if heading in block else []:
-                chat |= {plain(pattern, i): block[heading][0] for i in range(min(pattern.count(), 150))}
+                chat |= {plain(pattern, i): block[heading][0] for i in range(min(pattern.count(), 400))}
     shared = [
         (chat[text], tool.key, text)
         for tool in written_tools()
         for pattern in tool.wordings["train"]
-        for text in {plain(pattern, i) for i in range(min(pattern.count(), 150))}
+        for text in {plain(pattern, i) for i in range(min(pattern.count(), 400))}
         if text in chat
     ]
     # small talk leaves these to the tools where they are declared

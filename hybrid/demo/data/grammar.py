@@ -114,6 +114,11 @@ def slots_of(text: str) -> list[str]:
     return SLOT.findall(text)
 
 
+def last_slot(text: str) -> str:
+    """The slot that a pattern or wording ends in; "" if it ends in something else."""
+    return slots_of(text)[-1] if text.endswith("}") else ""
+
+
 @cache
 def blocks(name: str) -> list[dict[str, list[str]]]:
     """A data file's blocks (parted by blank lines): heading -> lines below it.
@@ -153,8 +158,7 @@ def all_wordings(
     for kind, headings in _FRAMES.items():
         taken = [*headings, *(f"{heading}_tool" for heading in headings if of_tool)]
         for phrase in block.get(kind, []):
-            last = SLOT.findall(phrase)[-1] if phrase.endswith("}") else ""
-            found["train"].append(_framed(phrase, _frames(*taken, whole=last in open_ended)))
+            found["train"].append(_framed(phrase, _frames(*taken, whole=last_slot(phrase) in open_ended)))
     return found
 
 

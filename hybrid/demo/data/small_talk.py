@@ -19,13 +19,7 @@ def _named(file: str, heading: str) -> dict[str, tuple[dict[str, list[str]], _Wo
 def intents() -> list[str]:
     """The intents of chat.txt that a conversation can turn to."""
     named = _named("chat.txt", "intent")
-    follow = {name for block, _ in named.values() for name in _followers(block)}
-    return [name for name in named if name not in follow or "starts" in named[name][0]]
-
-
-def _followers(block: dict[str, list[str]]) -> list[str]:
-    """Intents that the user's next message may have, as often as they are named."""
-    return " ".join(block.get("then", [])).split()
+    return [name for name, (block, _) in named.items() if "follows" not in block]
 
 
 def unknown() -> str:
@@ -54,8 +48,8 @@ def chat(talk: Talk, name: str) -> None:
             reply = block["unknown"][0]
         kind = "chat" if "unknown" not in block else "not told" if reply in block["unknown"] else "memory"
         talk.says(fill(reply, known), kind, wording)
-    if (followers := _followers(block)) and talk.chance(0.4):
-        chat(talk, talk.rng.choice(followers))
+    if "then" in block and talk.chance(0.4):
+        chat(talk, talk.rng.choice(block["then"][0].split()))
 
 
 def fact(talk: Talk) -> None:

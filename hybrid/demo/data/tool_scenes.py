@@ -4,9 +4,9 @@ import json
 from typing import Any
 
 from hybrid.demo.data import small_talk
-from hybrid.demo.data.grammar import Pattern, fill, slots_of
+from hybrid.demo.data.grammar import Pattern, fill, last_slot
 from hybrid.demo.data.talk import Talk, spoken
-from hybrid.demo.data.toolbox import OPEN_ENDED, Declared, Tool, declare, novel_tool, written_tools
+from hybrid.demo.data.toolbox import Declared, Tool, declare, novel_tool, written_tools
 
 REFUSAL = "Sorry, I have no tool for that."
 _CONFUSABLE = [
@@ -199,8 +199,7 @@ def answer(talk: Talk, calls: list[tuple[Declared, dict[str, Any]]], wording: st
 
 def _ends_open(target: Declared, pattern: Pattern) -> bool:
     """Whether a request so worded ends in free text, which words after it would seem to belong to."""
-    open_ended = {p.label for p in target.tool.parameters if p.kind in OPEN_ENDED}
-    return pattern.line.endswith("}") and slots_of(pattern.line)[-1] in open_ended
+    return last_slot(pattern.line) in target.tool.open_ended
 
 
 def _kind(target: Declared) -> str:
@@ -283,9 +282,7 @@ def undeclared(talk: Talk) -> None:
         return
     while True:
         tool = novel_tool(talk.split, rng) if talk.chance(0.25) else rng.choice(written_tools())
-        if tool.key not in ("calculate", "add_numbers") and not any(
-            _clash(tool, d.tool) for d in talk.declared
-        ):
+        if tool.key not in RECKONING and not any(_clash(tool, d.tool) for d in talk.declared):
             break
     if tool.missing and talk.chance(0.15):
         pattern = rng.choice(tool.missing)

@@ -58,6 +58,11 @@ class Tool:
         return self.novel_root or self.key
 
     @property
+    def open_ended(self) -> frozenset[str]:
+        """Labels of the parameters that are free text."""
+        return _open_ended(self.parameters)
+
+    @property
     def required(self) -> list[Parameter]:
         return [p for p in self.parameters if p.required]
 
@@ -76,8 +81,12 @@ class Declared:
         return {self.names[label]: values[label] for label in self.names if label in values}
 
 
-OPEN_ENDED = {"message", "task", "topic", "event", "title", "dish", "item", "snippet"}
+_OPEN_ENDED = {"message", "task", "topic", "event", "title", "dish", "item", "snippet"}
 """Kinds of free text, which nothing but quotes would set apart from the words around it."""
+
+
+def _open_ended(parameters: list[Parameter]) -> frozenset[str]:
+    return frozenset(p.label for p in parameters if p.kind in _OPEN_ENDED)
 
 
 @cache
@@ -98,11 +107,10 @@ def _read(block: dict[str, list[str]]) -> Tool:
         keys, kind, answer = parts
     else:
         kind, answer = parts[0], parts[-1]
-    open_ended = frozenset(p.label for p in parameters if p.kind in OPEN_ENDED)
     missing = [Pattern(part) for line in block.get("missing", []) for part in line.split(" / ")]
     return Tool(
         block["tool"][0].split("/"), block["about"][0].split(" / "), parameters,
-        [k for k in keys.split("/") if k], kind, answer, all_wordings(block, of_tool=True, open_ended=open_ended), missing,
+        [k for k in keys.split("/") if k], kind, answer, all_wordings(block, of_tool=True, open_ended=_open_ended(parameters)), missing,
     )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from hybrid.demo.trainer.matching import Case, evaluate
 from hybrid.demo.trainer.plot import draw
 from hybrid.demo.trainer.state import Run
 
-BEST = "best.pt"
 NOTE_STEPS = 20
 """Steps that one entry of the history is a mean over."""
 
@@ -46,7 +45,7 @@ class Loop:
     @property
     def best_weights(self) -> Path:
         """The weights that did best on the development split."""
-        return self._directory / BEST
+        return self._directory / "best.pt"
 
     def stop(self) -> None:
         """Save and stop after the step that runs; for signal handlers."""
