@@ -16,7 +16,7 @@ from hybrid.demo.data.encode import Encoder
 from hybrid.demo.data.generator import conversation
 from hybrid.demo.shape import config_fields
 from hybrid.demo.trainer.feed import Batch, Feed, collate, document
-from hybrid.demo.trainer.kernels.gemm import Crew, exp_row, gemm
+from hybrid.demo.trainer.kernels.gemm import Crew, exp_row, gemm, max_row
 from hybrid.demo.trainer.loop import Loop
 from hybrid.demo.trainer.matching import Case, cases, evaluate, exact_matches
 from hybrid.demo.trainer.model import DemoModel
@@ -78,10 +78,21 @@ def test_gemm_matches_numpy(m: int, k: int, n: int, transposed: bool) -> None:
 
 def test_exp_matches_numpy_and_underflows_to_zero() -> None:
     x = np.concatenate([np.linspace(-87, 20, 1001), [-200.0, -100.0]]).astype(np.float32)
-    y, power = x.copy(), np.empty_like(x)
-    exp_row(y, power, power.view(np.int32), len(y))
+    y = np.append(x, np.float32(7))
+    exp_row(y, len(x))
     np.testing.assert_allclose(y[:1001], np.exp(x[:1001].astype(np.float64)), rtol=4e-7)
-    assert (y[1001:] == 0).all()
+    assert (y[1001:-1] == 0).all()
+    assert y[-1] == 7  # beyond the row
+
+
+@pytest.mark.parametrize("n", [1, 7, 16, 33])
+def test_maximum_of_a_row_sees_all_of_it_and_nothing_else(n: int) -> None:
+    x = -np.arange(1, 41, dtype=np.float32)
+    x[n:] = 5
+    for at in range(n):
+        y = x.copy()
+        y[at] = -0.5
+        assert max_row(y, n) == -0.5
 
 
 def test_crew_splits_by_cost() -> None:

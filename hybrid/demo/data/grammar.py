@@ -104,6 +104,34 @@ def loosen(text: str, rng: Random) -> str:
     return tidy(" ".join(kept))
 
 
+_PLACED = re.compile(
+    r"""(?: ?\b(?:in|for|at|of|over|around|to|on|about|with|named|called|from|by|saying))?:? ?("?\{[a-z_]+\}"?)(?!'s| (?:minute|percent|dice|of))"""
+)
+"""The one slot of a wording, and the little words before it that go when it goes elsewhere."""
+_BEFORE = """{v}: {h}|{v}, {h}|{v} - {h}|{v}. {h}|for {v}: {h}|about {v}: {h}|it is about {v}. {h}|this is for {v}, {h}
+{v} is the one: {h}|take {v}: {h}|i have {v} here. {h}|you know {v}? {h}|with {v}, {h}|as for {v}, {h}|{v} again: {h}
+{v} is what i mean. {h}|i think of {v}. {h}|{v}, please: {h}|{v}; {h}|next, {v}: {h}|there is {v}. {h}""".replace(
+    "\n", "|"
+).split("|")
+_BEHIND = """{h}: {v}|{h}, {v}|{h} - {v}|{h}, namely {v}|{h}. it is {v}|{h}, i mean {v}|{h}, that is, {v}|{h}; {v}
+{h}. i am speaking of {v}|{h}. the one is {v}""".replace("\n", "|").split("|")
+
+
+def move_slot(text: str, rng: Random) -> str:
+    """A wording with one slot, said so that the slot stands apart, mostly in front ("the weather in {city}" ->
+    "{city}: the weather"); behind only where it already was. Other wordings stay as they are."""
+    found = _PLACED.search(text)
+    if len(SLOT.findall(text)) != 1 or not found:
+        return text
+    head = tidy(text[: found.start()] + " " + text[found.end() :])
+    ends_in_slot = found.end() == len(text.rstrip("?.! "))
+    forms = _BEHIND if ends_in_slot and rng.random() < 0.35 else _BEFORE
+    form = rng.choice(forms)
+    if forms is _BEHIND:
+        head = head.rstrip("?.!:, ")
+    return form.replace("{h}", head.lstrip(",:;-. ")).replace("{v}", found[1])
+
+
 def fill(text: str, values: dict[str, str]) -> str:
     """Slots replaced by their values."""
     return SLOT.sub(lambda found: values[found[1]], text)

@@ -98,7 +98,7 @@ def numbers(talk: Talk, operation: str | None = None, *, reckoning: bool = True)
         asked |= {
             k: NUMBER_WORDS[int(v)] for k, v in values.items() if v.isdigit() and int(v) < len(NUMBER_WORDS)
         }
-    talk.user(spoken(talk, pattern, asked, loosely=0.15 if name == "add" else 0.0), around=0.08)
+    talk.user(spoken(talk, pattern, asked, loosely=0.0 if kind == "repeat" else 0.12), around=0.1)
     talk.says(fill(block["reply"][0], values), kind, f"{name}: {pattern.line}")
 
 

@@ -8,7 +8,7 @@ from functools import cache
 from random import Random
 from typing import Any
 
-from hybrid.demo.data.grammar import Pattern, blocks, by_split, fill, loosen, slots_of, tidy
+from hybrid.demo.data.grammar import Pattern, blocks, by_split, fill, loosen, move_slot, slots_of, tidy
 from hybrid.demo.data.toolbox import Declared
 from hybrid.demo.data.vocabulary import Vocabulary
 
@@ -134,12 +134,14 @@ def spoken(
 ) -> str:
     """The pattern with alternatives chosen and `values` in its slots as they are.
 
-    While training, with chance `loosely` not quite in the pattern's own words. At the beginning of a sentence its
+    While training, with chance `loosely` not quite in the pattern's own words or its slot moved. At the beginning of a sentence its
     own first letter is mostly a capital.
     """
     text = pattern.sample(talk.rng)
     if talk.split == "train":
         loose = loosen(text, talk.rng) if talk.chance(loosely) else text
+        if talk.chance(loosely):
+            loose = move_slot(loose, talk.rng)
         while _plainly(loose) in _held_out():
             loose = pattern.sample(talk.rng)
         text = loose

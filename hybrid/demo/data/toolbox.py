@@ -114,7 +114,16 @@ def _read(block: dict[str, list[str]]) -> Tool:
     )  # fmt: skip
 
 
-_NOUNS = """altitude population area postcode elevation founder height salary balance birthday rating
+_NOUNS = """age color shape texture taste smell material origin username password_hint signature motto password_age
+engine_size fuel_type top_speed average_speed daily_limit weekly_plan monthly_cost yearly_income net_worth market_share job_title
+office_number desk_number floor_plan room_count bed_count star_rating price_range dress_code house_rules checkin_time checkout_time
+wifi_code gate_code entry_fee service_fee delivery_cost shipping_date arrival_day departure_day waiting_time cooking_time
+half_life boiling_point melting_point density mass charge wavelength frequency amplitude phase angle radius circumference surface
+volume_level sound_quality image_size file_size download_link upload_speed ping uptime error_rate success_rate exit_code log_level
+first_name last_name maiden_name middle_name home_address work_address next_of_kin emergency_contact marital_status citizenship
+grade class_size teacher lesson_plan homework exam_date reading_list library_card fine due_books bus_line train_line exit stop_name
+crop harvest_date soil_type moon_phase season daylight
+altitude population area postcode elevation founder height salary balance birthday rating
 score weight calories author publisher width duration capacity speed schedule menu members owner manager sales revenue budget sunrise sunset tide traffic pollen parking opening_hours air_quality
 nickname hobby profession country region district river_level water_temperature ticket_price rent tax deadline
 headquarters website logo slogan director producer editor artist genre volume_number page_count edition version license
@@ -132,12 +141,17 @@ _FETCH_NAMES = (
 _FETCH_WORDINGS = {
     "do": """(get|look up|fetch|read|check|query|view|show me|tell me|give me) the NOUN (of|for) {key}
 (tell me|say|check|see) (what|which) NOUN {key} (has|got)
-(tell me|see|check|say) what the NOUN of {key} is""",
+(tell me|see|check|say) what the NOUN of {key} is
+(tell|show|give) me {key}'s NOUN
+(go and|) (dig up|pull up|bring up|look into|inspect) (the|) NOUN (of|for) {key}""",
     "thing": """the NOUN (of|for) {key}
 {key}'s NOUN
 the (exact|current|right|known) NOUN (of|for) {key}
 what the NOUN of {key} is
-which NOUN {key} has""",
+which NOUN {key} has
+(the|) NOUN (as to|regarding|concerning|belonging to|listed for|known for|on) {key}
+(the|a) NOUN that {key} has
+(as for|regarding|concerning|about) {key}, (the|its|their) NOUN""",
     "train": """(what's|what is|whats) the NOUN of {key}?
 (tell|give|show) me the NOUN (of|for) {key} (please|)
 (check|get|look up|find|fetch) the NOUN (of|for) {key} (please|)
@@ -147,7 +161,13 @@ NOUN of {key} (please|)
 (do you know|can you say) the NOUN of {key}?
 (the|) NOUN for {key}?
 (i wonder|i want to know) what the NOUN of {key} is
-(use the tool|use your tools) (and|to) (find|get|tell me) the NOUN of {key}""",
+(use the tool|use your tools) (and|to) (find|get|tell me) the NOUN of {key}
+does {key} have (a|any|some) NOUN?
+(i am|i'm) (thinking of|asking about|talking about) {key}. (what's|what is|tell me) (the|its) NOUN(?|)
+(take|consider|look at) {key}(:|,|.) (what|which) is (its|the) NOUN?
+(and|now|then|so) the NOUN of {key}?
+(any|some) NOUN (known|there|listed) for {key}?
+(who knows|nobody knows) the NOUN of {key}(?|)""",
     "dev": """{key} has which NOUN?
 please read me the NOUN of {key}
 what about the NOUN of {key}?""",
@@ -165,13 +185,22 @@ _ACT_WORDINGS = {
     "do": """ACT (the|our|my|a|) OBJECT {key}
 ACT (the|our|my) OBJECT (named|called) {key}
 ACT {key}, (the|our|my) OBJECT
-(have|get) (the|our|my) OBJECT {key} and ACT it""",
+(have|get) (the|our|my) OBJECT {key} and ACT it
+(take|find|open|look for|go to|pick) (the|our|my) OBJECT {key}(,| and|, then|, please) ACT it
+ACT (the|our|my) OBJECT(:|,|, it is|, namely) {key}
+(start|begin) to ACT (the|our|) OBJECT {key}""",
     "train": """(please|) ACT (the|) OBJECT {key} (please|)
 (can|could|would) you (please|) ACT (the|) OBJECT {key}?
 (i want|i need|i'd like) (you|) to ACT (the|) OBJECT {key}
 ACT (the|) OBJECT (named|called|with the name) {key}
 (we|you) (must|should|have to) ACT (the|) OBJECT {key} (now|)
-(use the tool|use your tools) to ACT (the|) OBJECT {key}""",
+(use the tool|use your tools) to ACT (the|) OBJECT {key}
+(there is|there's|you see|i have|we have) (a|the|this|one) OBJECT {key}(.|,|:) (please|) ACT it
+(i am|i'm|we are) (done|finished|through) with OBJECT {key}, (please|so) ACT it
+(it is about|this is about) (the|) OBJECT {key}(.|:) ACT it
+(the|our|my|that) OBJECT {key}(, please|) (is what|is something|has|needs someone|needs you) to ACT
+(shall|should|could) we ACT (the|) OBJECT {key}?
+(who|somebody) (can|could|should) ACT (the|) OBJECT {key}(?|)""",
     "dev": """OBJECT {key}: ACT it
 the OBJECT {key} is one to ACT""",
     "sealed": """it is time to ACT OBJECT {key}
@@ -196,7 +225,7 @@ def novel_tool(split: str, rng: Random) -> Tool:
         keys, result, answer = (
             [noun, "result", "value"],
             rng.choice(["number", "word", "money", "person"]),
-            f"{spoken.capitalize()} of {{key}}: {{result}}.",
+            f"The {spoken} of {{key}}: {{result}}.",
         )
     else:
         while True:
@@ -237,8 +266,26 @@ def _insert(lines: dict[str, str], **words: str) -> dict[str, list[Pattern]]:
     return patterns
 
 
-def declare(tool: Tool, rng: Random) -> Declared:
-    """A declaration of the tool as some client might write it."""
+_NAME_HEADS = (
+    "my do run the use call api home user new fast auto smart quick our x all ask go a tool main app".split()
+)
+_NAME_TAILS = "tool api now v2 service function info data helper action for_user 2 by_name plus fn cmd job here main".split()
+
+
+def _renamed_freely(name: str, rng: Random) -> str:
+    """A name that no list has, from the words of one that a list has: it can only be read in the declaration."""
+    words = name.split("_")
+    if len(words) > 1 and rng.random() < 0.4:
+        words = rng.choice([words[::-1], words[1:], words[:1] + words[2:] + words[1:2]])
+    if rng.random() < 0.6:
+        words = [rng.choice(_NAME_HEADS), *words]
+    if rng.random() < 0.6:
+        words = [*words, rng.choice(_NAME_TAILS)]
+    return "_".join(words)
+
+
+def declare(tool: Tool, rng: Random, *, freely: float = 0.0) -> Declared:
+    """A declaration of the tool as some client might write it; `freely`: how often under a name of no list."""
     taken = [p for p in tool.parameters if p.required or rng.random() < 0.5]
     names: dict[str, str] = {}
     for p in taken:
@@ -259,6 +306,8 @@ def declare(tool: Tool, rng: Random) -> Declared:
     if rng.random() < 0.1:
         parameters["additionalProperties"] = False
     name = tool.names[0] if rng.random() < 0.3 else rng.choice(tool.names)
+    if rng.random() < freely:
+        name = _renamed_freely(name, rng)
     if rng.random() < 0.08:
         first, *rest = name.split("_")
         name = first + "".join(word.capitalize() for word in rest)

@@ -91,6 +91,10 @@ class Vocabulary:
         made = getattr(self, f"_{kind}", None)
         if made is not None:
             return str(made())
+        if kind in _JUMBLED:
+            share, low, high = _JUMBLED[kind]
+            if self._jumbled(share):
+                return self._jumble(low, high)
         return self.expand(self.rng.choice(_lists()[_LISTED[kind]][self.split]))
 
     def expand(self, text: str) -> str:
@@ -124,6 +128,23 @@ class Vocabulary:
         head, tail = (self.rng.choice(_said()) for _ in range(2))
         return head[: self.rng.randint(1, 3 * low)] + tail[-self.rng.randint(1, 3 * high) :]
 
+    def _jumble(self, low: int, high: int) -> str:
+        """Words in a row that mean nothing together. What training asks for must be copied for where it stands,
+        not known by how such things begin and go on."""
+
+        def make() -> str:
+            words = [
+                self._invented(1, 2) if self.rng.random() < 0.2 else self.rng.choice(_said())
+                for _ in range(self.rng.randint(low, high))
+            ]
+            return " ".join(words)
+
+        return self._own(make)
+
+    def _jumbled(self, share: float) -> bool:
+        """Whether this value is to be a jumble: a `share` of those of training."""
+        return self.split == "train" and self.rng.random() < share
+
     def _name(self, low: int = 1, high: int = 3) -> str:
         return self._own(lambda: self._invented(low, high).capitalize())
 
@@ -133,7 +154,9 @@ class Vocabulary:
 
     def _city(self) -> str:
         rng, roll = self.rng, self.rng.random()
-        if roll < 0.45:
+        if self._jumbled(0.12):
+            city = self._jumble(2, 2).title()
+        elif roll < 0.45:
             city = rng.choice(_lists()["cities"][self.split])
         elif roll < 0.7:
             city = self._name()
@@ -161,6 +184,8 @@ class Vocabulary:
 
     def _company(self) -> str:
         roll = self.rng.random()
+        if self._jumbled(0.15):
+            return self._jumble(1, 3).title()
         if roll < 0.4:
             return self._cased(self.rng.choice(_lists()["companies"][self.split]))
         if roll < 0.75:
@@ -176,6 +201,8 @@ class Vocabulary:
         return self._own(lambda: self._invented(1, 3))
 
     def _dish(self) -> str:
+        if self._jumbled(0.25):
+            return self._jumble(1, 3)
         if self.rng.random() < 0.5 and (known := _lists()["dishes"][self.split]):
             return self.rng.choice(known)
         form = self.rng.choice(
@@ -184,6 +211,8 @@ class Vocabulary:
         return self.expand(form)
 
     def _topic(self) -> str:
+        if self._jumbled(0.25):
+            return self._jumble(1, 4)
         roll = self.rng.random()
         if roll < 0.5:
             return self.rng.choice(_lists()["topics"][self.split])
@@ -195,6 +224,8 @@ class Vocabulary:
         return self.expand(form)
 
     def _title(self) -> str:
+        if self._jumbled(0.25):
+            return self._cased(self._jumble(1, 4).title())
         if self.rng.random() < 0.5:
             return self._cased(self.rng.choice(_lists()["titles"][self.split]))
         form = self.rng.choice(
@@ -301,6 +332,13 @@ _LISTED = {
     "item": "items", "relation": "relations", "event": "events", "message": "messages", "task": "tasks",
     "topping": "toppings", "snippet": "snippets", "status": "statuses", "error": "errors",
 }  # fmt: skip
+
+
+_JUMBLED = {
+    "item": (0.4, 1, 2), "event": (0.35, 1, 3), "message": (0.5, 1, 6), "task": (0.45, 2, 5), "topping": (0.2, 1, 1),
+    "snippet": (0.3, 2, 6), "status": (0.3, 1, 4), "error": (0.3, 2, 4),
+}  # fmt: skip
+"""Listed kinds that training also makes up: how often, and of how many words."""
 
 
 def _count_of(words: Vocabulary) -> Value:

@@ -9,7 +9,17 @@ backward pass recomputes the probabilities from the kept log-sum-exp (arXiv:2205
 
 import numpy as np
 
-from hybrid.demo.trainer.kernels.gemm import Array, clear, copy, exp_row, gemm, jit, transpose, whole_tiles
+from hybrid.demo.trainer.kernels.gemm import (
+    Array,
+    clear,
+    copy,
+    exp_row,
+    gemm,
+    jit,
+    max_row,
+    transpose,
+    whole_tiles,
+)
 
 BLOCK = 32
 
@@ -54,8 +64,7 @@ def attention_forward(
         qs, ks = np.empty((length, depth), np.float32), np.empty((length, depth), np.float32)
         padded = whole_tiles(length)
         vs, kt = np.empty((length, value), np.float32), np.zeros((depth, padded), np.float32)
-        scores, power = np.empty((BLOCK, padded), np.float32), np.empty(length, np.float32)
-        bits, block_out = power.view(np.int32), np.empty((BLOCK, value), np.float32)
+        scores, block_out = np.empty((BLOCK, padded), np.float32), np.empty((BLOCK, value), np.float32)
         for head in range(heads):
             _gather(start, head, q, kv, k_pe, cos, sin, scale, qs, ks, vs)
             transpose(ks, kt)
@@ -65,13 +74,11 @@ def attention_forward(
                 gemm(qs[top:end], kt, scores[: end - top], whole_tiles(end))
                 for i in range(end - top):
                     row, seen = scores[i], top + i + 1
-                    high = row[0]
-                    for j in range(seen):
-                        high = max(high, row[j])
+                    high = max_row(row, seen)
                     peak[part, head] = max(peak[part, head], high)
                     for j in range(seen):
                         row[j] -= high
-                    exp_row(row, power, bits, seen)
+                    exp_row(row, seen)
                     total = np.float32(0)
                     for j in range(seen):
                         total += row[j]
@@ -100,8 +107,7 @@ def attention_backward(
         qs, ks = np.empty((length, depth), np.float32), np.empty((length, depth), np.float32)
         padded = whole_tiles(length)
         vs, kt = np.empty((length, value), np.float32), np.zeros((depth, padded), np.float32)
-        vt, power = np.zeros((value, padded), np.float32), np.empty(length, np.float32)
-        bits = power.view(np.int32)
+        vt = np.zeros((value, padded), np.float32)
         probs, dprobs = np.empty((BLOCK, padded), np.float32), np.empty((BLOCK, padded), np.float32)
         do = np.empty((length, value), np.float32)
         dqs, dks = np.empty((length, depth), np.float32), np.empty((length, depth), np.float32)
@@ -126,7 +132,7 @@ def attention_backward(
                     shift, dot = lse[start + top + i, head], np.float32(0)
                     for j in range(seen):
                         row[j] -= shift
-                    exp_row(row, power, bits, seen)
+                    exp_row(row, seen)
                     for j in range(seen):
                         dot += row[j] * drow[j]
                     for j in range(seen):

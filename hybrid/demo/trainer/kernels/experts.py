@@ -42,11 +42,11 @@ def _scatter_add(source: Array, pairs: Array, top_k: int, target: Array) -> None
 
 
 @jit
-def _sigmoid(gate: Array, width: int, sig: Array, power: Array, bits: Array) -> None:
+def _sigmoid(gate: Array, width: int, sig: Array) -> None:
     """sig [width] = sigmoid(gate[:width])."""
     for j in range(width):
-        sig[j] = -max(min(gate[j], np.float32(80)), np.float32(-80))
-    exp_row(sig, power, bits, width)
+        sig[j] = -gate[j]
+    exp_row(sig, width)
     for j in range(width):
         sig[j] = np.float32(1) / (np.float32(1) + sig[j])
 
@@ -64,8 +64,7 @@ def experts_forward(
     width, size = down_t.shape[1], x.shape[1]
     top_k = order.size // x.shape[0]
     w_t = np.empty((size, 2 * width), np.float32)
-    sig, power = np.empty(width, np.float32), np.empty(width, np.float32)
-    bits = power.view(np.int32)
+    sig = np.empty(width, np.float32)
     for e in range(first, last):
         low, high = starts[e], starts[e + 1]
         if low == high:
@@ -78,7 +77,7 @@ def experts_forward(
         gemm(xs, w_t, pre, 2 * width)
         for i in range(high - low):
             weight, row = weights[pairs[i]], pre[i]
-            _sigmoid(row, width, sig, power, bits)
+            _sigmoid(row, width, sig)
             for j in range(width):
                 act[i, j] = row[j] * sig[j] * row[width + j] * weight
         clear(xs)
@@ -96,8 +95,7 @@ def experts_backward(
     width, size = down_t.shape[1], x.shape[1]
     top_k = order.size // x.shape[0]
     down = np.empty((size, width), np.float32)
-    sig, power = np.empty(width, np.float32), np.empty(width, np.float32)
-    bits = power.view(np.int32)
+    sig = np.empty(width, np.float32)
     one = np.float32(1)
     for e in range(first, last):
         low, high = starts[e], starts[e + 1]
@@ -115,7 +113,7 @@ def experts_backward(
         gemm(dys, down, d_act, width)
         for i in range(count):
             weight, row = weights[pairs[i]], hidden[low + i]
-            _sigmoid(row, width, sig, power, bits)
+            _sigmoid(row, width, sig)
             dot = np.float32(0)
             for j in range(width):
                 silu, up = row[j] * sig[j], row[width + j]

@@ -1,4 +1,4 @@
-"""What every training kernel is made of: a small matrix product, a vectorised exp, and threads.
+"""What every training kernel is made of: a small matrix product, exp and maximum of rows, and threads.
 
 Kernels are plain loops compiled by Numba; they release the GIL, and `Crew.run` gives each thread its own
 part of the work. Parts are fixed by the data alone, so sums come out in the same order on every run.
@@ -12,7 +12,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from hybrid.demo.trainer.kernels.tile import COLUMNS, tile_1, tile_4, tile_single
+from hybrid.demo.trainer.kernels.tile import COLUMNS, tile_1, tile_8, tile_single
+from hybrid.demo.trainer.kernels.vector import exp_at, max_at
 
 Array = NDArray[Any]
 
@@ -28,9 +29,9 @@ def _product(
     whole = n - n % COLUMNS
     for j in range(0, 4 * whole, 4 * COLUMNS):
         i = 0
-        while i + 4 <= rows:
-            tile_4(a + i * a_row, a_row, a_col, b + j, b_row, c + i * c_row + j, c_row, depth)
-            i += 4
+        while i + 8 <= rows:
+            tile_8(a + i * a_row, a_row, a_col, b + j, b_row, c + i * c_row + j, c_row, depth)
+            i += 8
         while i < rows:
             tile_1(a + i * a_row, a_row, a_col, b + j, b_row, c + i * c_row + j, c_row, depth)
             i += 1
@@ -83,26 +84,15 @@ def transpose(source: Array, target: Array) -> None:
 
 
 @jit
-def exp_row(x: Array, power: Array, bits: Array, n: int) -> None:
-    """x[:n] = exp(x[:n]) in float32, to 3 ulp; below -87 it gives 0.
+def exp_row(x: Array, n: int) -> None:
+    """x[:n] = exp(x[:n]) in float32, as `exp_at` does it."""
+    exp_at(x.ctypes.data, n)
 
-    2^k * p(f), with p the degree-6 Taylor polynomial of e^f on |f| <= ln(2)/2; LLVM makes vectors of it, which
-    it cannot of a call to libm. `power` is float32 scratch of n and `bits` the same memory as int32.
-    """
-    for j in range(n):
-        v = x[j]
-        k = np.floor(v * np.float32(1.4426950408889634) + np.float32(0.5))
-        f = v - k * np.float32(0.693359375) + k * np.float32(2.12194440e-4)
-        p = np.float32(1 / 720) * f + np.float32(1 / 120)
-        p = p * f + np.float32(1 / 24)
-        p = p * f + np.float32(1 / 6)
-        p = p * f + np.float32(0.5)
-        p = p * f + np.float32(1.0)
-        p = p * f + np.float32(1.0)
-        x[j] = p
-        bits[j] = (np.int32(max(k, np.float32(-127.0))) + np.int32(127)) << np.int32(23)
-    for j in range(n):
-        x[j] *= power[j]
+
+@jit
+def max_row(x: Array, n: int) -> float:
+    """The largest of x[:n] in float32, n >= 1."""
+    return max_at(x.ctypes.data, n)
 
 
 class Crew:

@@ -46,14 +46,13 @@ def route_forward(
 ) -> None:  # fmt: skip
     """The top-k of sigmoid(logits) + bias for each row [E]: ids, their sigmoids, normalised weights * factor."""
     experts, top_k = logits.shape[1], ids.shape[1]
-    scores, power = np.empty(experts, np.float32), np.empty(experts, np.float32)
-    bits = power.view(np.int32)
+    scores = np.empty(experts, np.float32)
     best = np.empty(top_k, np.float32)
     for i in range(first, last):
         row, chosen = logits[i], ids[i]
         for e in range(experts):
-            scores[e] = -max(min(row[e], np.float32(80)), np.float32(-80))
-        exp_row(scores, power, bits, experts)
+            scores[e] = -row[e]
+        exp_row(scores, experts)
         for e in range(experts):
             scores[e] = np.float32(1) / (np.float32(1) + scores[e])
         for j in range(top_k):

@@ -86,6 +86,6 @@ def _make_tile(rows: int, vectors: int, lanes: int) -> Any:
     return tile
 
 
-tile_4 = _make_tile(4, 2, LANES)
+tile_8 = _make_tile(8, 2, LANES)
 tile_1 = _make_tile(1, 2, LANES)
 tile_single = _make_tile(1, 1, 1)
