@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from hybrid.demo.data import small_talk, tool_scenes
+from hybrid.demo.data.arguments import argument
 from hybrid.demo.data.encode import Encoder
 from hybrid.demo.data.generator import conversation
 from hybrid.demo.data.talk import Conversation, Talk, spoken
@@ -175,7 +176,7 @@ def _weather(engine: Engine, split: str, each: int) -> dict[str, Any]:
     for pattern in patterns:
         for i in range(each):
             talk = Talk(split, Random(f"weather {pattern.line} {i}"), declared=[declared])
-            city = talk.words.value("city")
+            city = argument(talk.words, "city")
             talk.user(spoken(talk, pattern, {"city": city.text}))
             wanted = "", [("get_weather", {"city": city.json})]
             sampled += _reply(engine, talk.messages, SAMPLED) == wanted

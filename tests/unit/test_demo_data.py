@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 
 from hybrid.demo.data import small_talk, tool_scenes
+from hybrid.demo.data.arguments import SCHEMAS, argument
 from hybrid.demo.data.encode import Encoder
 from hybrid.demo.data.generator import conversation
 from hybrid.demo.data.grammar import SPLITS, Pattern, all_wordings, blocks, by_split
+from hybrid.demo.data.made_up import novel_tool
 from hybrid.demo.data.talk import Conversation, Talk, spoken
 from hybrid.demo.data.tool_scenes import REFUSAL
-from hybrid.demo.data.toolbox import Tool, declare, novel_tool, written_tools
-from hybrid.demo.data.vocabulary import SCHEMAS, Vocabulary, split_of
+from hybrid.demo.data.toolbox import Tool, declare, written_tools
+from hybrid.demo.data.vocabulary import Vocabulary, split_of
 from hybrid.synth import ASSETS
 
 FILES = ["chat.txt", "facts.txt", "numbers.txt", "tools.txt", "around.txt"]
@@ -138,7 +140,7 @@ def test_every_kind_of_word_exists_in_every_split(split: str) -> None:
         "animal",
     }
     for kind in sorted(kinds):
-        value = words.value(kind)
+        value = argument(words, kind)
         assert value.text
         assert fits(value.json, SCHEMAS.get(kind, {"type": "string"}))
 

@@ -111,8 +111,16 @@ def test_a_bad_body_is_a_400_that_names_the_field(raw: bytes, param: str | None,
         },
     ],
 )
-def test_fields_that_ask_for_nothing_special_are_accepted(fields: dict[str, Any]) -> None:
-    parse_chat_request(body(**fields))
+def test_fields_that_ask_for_nothing_special_change_nothing(fields: dict[str, Any]) -> None:
+    given, plain = parse_chat_request(body(**fields)), parse_chat_request(body())
+    assert given.messages == plain.messages == USER
+    assert given.sampling() == plain.sampling()
+    assert not given.stream
+    assert not given.include_usage
+    declared = fields.get("tools") or []
+    assert [t["function"]["name"] for t in given.template_tools() or []] == [
+        t["function"]["name"] for t in declared
+    ]
 
 
 def test_sampling_takes_openais_names() -> None:

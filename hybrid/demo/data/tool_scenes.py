@@ -1,12 +1,14 @@
-"""Scenes with tools: single calls, parallel calls, missing arguments, undeclared tools, results and answers."""
+"""Scenes with tools: single calls, parallel calls, missing arguments, undeclared tools, answers to results."""
 
-import json
 from typing import Any
 
 from hybrid.demo.data import small_talk
-from hybrid.demo.data.grammar import Pattern, fill, last_slot
+from hybrid.demo.data.arguments import argument
+from hybrid.demo.data.grammar import Pattern, last_slot
+from hybrid.demo.data.made_up import novel_tool
+from hybrid.demo.data.results import result
 from hybrid.demo.data.talk import Talk, spoken
-from hybrid.demo.data.toolbox import Declared, Tool, declare, novel_tool, written_tools
+from hybrid.demo.data.toolbox import Declared, Tool, declare, written_tools
 
 REFUSAL = "Sorry, I have no tool for that."
 _CONFUSABLE = [
@@ -21,9 +23,6 @@ RECKONING = {"calculate", "add_numbers"}
 """Tools that answer what small talk otherwise does."""
 _SEARCHES = "search_web"  # would do for almost any request
 _LISTABLE = {"city", "company", "person", "dish", "code"}
-_SKIES = """sunny cloudy rainy windy foggy clear snowy stormy overcast hazy warm cold hot mild freezing humid dry cool icy
-partly_cloudy mostly_sunny light_rain heavy_rain light_snow heavy_snow scattered_clouds clear_sky thunderstorms drizzle fog
-hail showers very_hot very_cold""".split()
 
 
 def _clash(a: Tool, b: Tool) -> bool:
@@ -56,12 +55,14 @@ def request(
     `begins`: it stands at the beginning of a sentence. `listed` > 1 asks for that many values of the tool's one argument at once ("in Rome and Oslo")."""
     required = {p.label for p in target.tool.required}
     pattern = talk.pick(target.tool.wordings, lambda p: required <= p.slots <= set(target.names))
-    values = {p.label: talk.words.value(p.kind) for p in target.tool.parameters if p.label in pattern.slots}
+    values = {
+        p.label: argument(talk.words, p.kind) for p in target.tool.parameters if p.label in pattern.slots
+    }
     texts = {label: value.text for label, value in values.items()}
     calls = [{label: value.json for label, value in values.items()}]
     if listed > 1:
         first = target.tool.required[0]
-        more = [talk.words.value(first.kind) for _ in range(listed)]
+        more = [argument(talk.words, first.kind) for _ in range(listed)]
         names = [value.text for value in more]
         joint = talk.rng.choice([" and ", " and ", " and also "])
         texts[first.label] = ", ".join(names[:-1]) + joint + names[-1]
@@ -69,130 +70,9 @@ def request(
     return spoken(talk, pattern, texts, loosely=0.13, begins=begins), calls, pattern
 
 
-def _result(talk: Talk, target: Declared, values: dict[str, Any]) -> tuple[str, str]:
-    """What the tool returns for a call, and the sentence that tells it."""
-    tool, rng = target.tool, talk.rng
-    said = {label: _plain(value) for label, value in values.items()}
-    if talk.chance(0.06):
-        error = talk.words.text("error")
-        content = rng.choice(
-            [
-                json.dumps({"error": error}),
-                f"Error: {error}",
-                json.dumps({"status": "error", "message": error}),
-            ]
-        )
-        return content, f"Sorry, that did not work: {error}."
-    if tool.result_kind == "weather":
-        return _weather(talk, said["city"])
-    if tool.result_kind == "ok":
-        content = rng.choice(
-            [
-                '{"status": "ok"}',
-                '{"success": true}',
-                "ok",
-                "done",
-                '{"result": "ok"}',
-                '{"status": "done"}',
-                "OK",
-            ]
-        )
-        return content, fill(tool.answer, said)
-    drawn = _computed(talk, tool.key, values) or talk.words.text(tool.result_kind)
-    sentence = fill(tool.answer, {**said, "result": drawn})
-    value: Any = drawn
-    if drawn.isdigit() and talk.chance(0.7):
-        value = int(drawn)
-    elif tool.result_kind == "money" and talk.chance(0.5) and str(float(drawn)) == drawn:
-        value = float(drawn)
-    if talk.chance(0.2):
-        return drawn, sentence
-    result = {rng.choice(tool.result_keys): value}
-    if talk.chance(0.25):
-        result = {**result, "status": "ok"} if talk.chance(0.5) else {"status": "ok", **result}
-    if talk.chance(0.25):
-        echo = {target.names[label]: v for label, v in values.items()}
-        result = (
-            {**echo, **{k: v for k, v in result.items() if k not in echo}}
-            if not set(echo) & set(result)
-            else result
-        )
-    return _dumps(talk, result), sentence
-
-
-def _computed(talk: Talk, key: str, values: dict[str, Any]) -> str:
-    """The result of a tool whose results are easily right; else nothing."""
-    if key == "add_numbers":
-        return str(values["a"] + values["b"])
-    if key == "count_letters":
-        return str(len(values["word"]))
-    if key == "roll_dice":
-        return str(talk.rng.randint(values["count"], 6 * values["count"]))
-    return ""
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return str(value)
-
-
-def _dumps(talk: Talk, value: Any) -> str:
-    compact = talk.chance(0.25)
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":") if compact else (", ", ": "))
-
-
-def _weather(talk: Talk, city: str) -> tuple[str, str]:
-    rng = talk.rng
-    sky = rng.choice(_SKIES).replace("_", " ")
-    if talk.chance(0.15):
-        also = ["windy", "cold", "warm", "wet", "dry", "humid", "hot", "cool"]
-        sky += " and " + rng.choice([word for word in also if word not in sky])
-    degrees: float = rng.randint(-20, 40)
-    if talk.chance(0.15):
-        degrees += rng.randint(1, 9) / 10
-    written = sky.capitalize() if talk.chance(0.5) else sky
-    temperature = rng.choice(["temperature", "temperature", "temp", "degrees", "temp_c", "temperature_c"])
-    condition = rng.choice(
-        ["weather", "weather", "condition", "conditions", "sky", "description", "forecast", "summary"]
-    )
-    warm: Any = degrees
-    told = f"{degrees} degrees"
-    if talk.chance(0.3):
-        warm = told = f"{degrees}{rng.choice(['°C', ' C', ' degrees', '°F', '°'])}"
-    roll = rng.random()
-    if roll < 0.3:
-        content: Any = {condition: written}
-        sentence = f"The weather in {city}: {sky}."
-    elif roll < 0.45:
-        content = {temperature: warm}
-        sentence = f"The temperature in {city} is {told}."
-    elif roll < 0.9:
-        content = {condition: written, temperature: warm}
-        if talk.chance(0.4):
-            content = {temperature: warm, condition: written}
-        sentence = f"The weather in {city}: {sky}, {told}."
-    else:
-        content = f"{written}, {warm}" if isinstance(warm, str) else written
-        sentence = (
-            f"The weather in {city}: {sky}, {told}."
-            if isinstance(warm, str)
-            else f"The weather in {city}: {sky}."
-        )
-        return content, sentence
-    if talk.chance(0.25):
-        extra: Any = rng.choice(
-            [{"humidity": rng.randint(20, 99)}, {"wind": f"{rng.randint(1, 60)} km/h"}, {"unit": "celsius"}]
-        )
-        content = {**content, **extra} if talk.chance(0.7) else {**extra, **content}
-    if talk.chance(0.25):
-        content = {rng.choice(["city", "location"]): city, **content}
-    return _dumps(talk, content), sentence
-
-
 def answer(talk: Talk, calls: list[tuple[Declared, dict[str, Any]]], wording: str) -> None:
     """The results of the calls just made, and what the assistant says to them."""
-    results = [_result(talk, target, values) for target, values in calls]
+    results = [result(talk, target, values) for target, values in calls]
     talk.returned([content for content, _ in results])
     talk.says(" ".join(sentence for _, sentence in results), "result", wording)
 
@@ -219,7 +99,7 @@ def single(talk: Talk, target: Declared, *, answered: bool) -> None:
     answer(talk, [(target, calls[0])], target.tool.key)
     first = target.tool.required[0]
     if len(target.tool.required) == 1 and first.kind in _LISTABLE and talk.chance(0.25):
-        value = talk.words.value(first.kind)
+        value = argument(talk.words, first.kind)
         where = " in" if first.kind == "city" and talk.chance(0.6) else ""
         talk.user(
             talk.rng.choice(["and", "what about", "how about", "and what about", "now"])
@@ -268,7 +148,7 @@ def incomplete(talk: Talk, target: Declared) -> None:
     talk.user(spoken(talk, pattern, {}), around=0.15)
     label = first.label.replace("_", " ")
     talk.says(f"Please tell me the {label}.", "incomplete", f"{target.tool.key}: {pattern.line}")
-    value = talk.words.value(first.kind)
+    value = argument(talk.words, first.kind)
     talk.user(talk.rng.choice(["{}", "{}", "{} please", "it is {}", "{}, please"]).format(value.text))
     calls = [(target, {first.label: value.json})]
     talk.call(calls, "follow-up", target.tool.key)

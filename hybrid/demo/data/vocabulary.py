@@ -1,23 +1,13 @@
-"""Open words: names, numbers, times and phrases, each belonging to one split by a hash of its spelling.
-
-A value of a kind is drawn as it stands in a sentence, together with what a tool's argument must hold.
-"""
+"""Open words: names, numbers, times and phrases, each belonging to one split by a hash of its spelling."""
 
 import re
 import zlib
 from functools import cache
 from importlib import resources
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
 from hybrid.demo.data.grammar import SLOT, SPLITS, blocks
-
-
-class Value(NamedTuple):
-    """`text` as written in a sentence, `json` as an argument."""
-
-    text: str
-    json: Any
 
 
 def split_of(text: str) -> str:
@@ -66,7 +56,6 @@ DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 ANIMALS = "cat dog mouse bear fox horse owl rabbit frog duck wolf lion hedgehog turtle bird fish goat donkey squirrel".split()
-SIZES, UNITS = ["small", "medium", "large"], ["celsius", "fahrenheit"]
 _CLOSED_BELOW = 13
 """Numbers below this are in every split."""
 
@@ -76,15 +65,6 @@ class Vocabulary:
 
     def __init__(self, split: str, rng: Random) -> None:
         self.split, self.rng = split, rng
-
-    def value(self, kind: str) -> Value:
-        """A value of a kind that a tool's parameter can have (`_KINDS`), or of a plain string kind."""
-        special = _KINDS.get(kind)
-        if special is not None:
-            value: Value = special(self)
-            return value
-        text = self.text(kind)
-        return Value(text, text)
 
     def text(self, kind: str) -> str:
         """A string of a kind: a city, person, dish, time, message..."""
@@ -339,51 +319,3 @@ _JUMBLED = {
     "snippet": (0.3, 2, 6), "status": (0.3, 1, 4), "error": (0.3, 2, 4),
 }  # fmt: skip
 """Listed kinds that training also makes up: how often, and of how many words."""
-
-
-def _count_of(words: Vocabulary) -> Value:
-    n = words.number(1, words.rng.choice([12, 12, 99]))
-    return Value(NUMBER_WORDS[n] if 1 < n < len(NUMBER_WORDS) and words.rng.random() < 0.15 else str(n), n)
-
-
-def _decimal(words: Vocabulary, low: int, high: int) -> Value:
-    n = words.number(low, high)
-    if words.rng.random() < 0.7:
-        return Value(str(n), n)
-    text = f"{n}.{words.rng.randint(1, 9)}"
-    return Value(text, float(text))
-
-
-def _closed(options: list[str]) -> Any:
-    def draw(words: Vocabulary) -> Value:
-        option = words.rng.choice(options)
-        return Value(option.capitalize() if options is UNITS and words.rng.random() < 0.5 else option, option)
-
-    return draw
-
-
-def _on_off(words: Vocabulary) -> Value:
-    on = words.rng.random() < 0.5
-    return Value("on" if on else "off", on)
-
-
-_KINDS: dict[str, Any] = {
-    "count": _count_of,
-    "percent": lambda words: (lambda n: Value(str(n), n))(words.number(0, 100)),
-    "amount": lambda words: _decimal(words, 1, words.rng.choice([20, 999])),
-    "degrees": lambda words: _decimal(words, 5, 30),
-    "onoff": _on_off,
-    "unit": _closed(UNITS),
-    "size": _closed(SIZES),
-}
-
-SCHEMAS: dict[str, dict[str, Any]] = {
-    "count": {"type": "integer"},
-    "percent": {"type": "integer"},
-    "amount": {"type": "number"},
-    "degrees": {"type": "number"},
-    "onoff": {"type": "boolean"},
-    "unit": {"type": "string", "enum": UNITS},
-    "size": {"type": "string", "enum": SIZES},
-}
-"""JSON schema of a kind's values; kinds not named here are plain strings."""

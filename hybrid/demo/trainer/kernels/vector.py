@@ -26,8 +26,8 @@ def _call(builder: Any, name: str, result: Any, *args: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
 
 
-def _each_vector(builder: Any, address: Any, count: Any, body: Callable[[Any, Any, Any], None]) -> None:
-    """body(pointer, mask, index of the vector) for each vector of `count` floats; `mask` is off beyond the last."""
+def _each_vector(builder: Any, address: Any, count: Any, body: Callable[[Any, Any], None]) -> None:
+    """body(pointer, mask) for each vector of `count` floats; `mask` is off beyond the last."""
     lanes = ir.Constant(_WORD, LANES)
     total = builder.sdiv(builder.add(count, ir.Constant(_WORD, LANES - 1)), lanes)
     with cgutils.for_range(builder, total) as loop:
@@ -39,7 +39,7 @@ def _each_vector(builder: Any, address: Any, count: Any, body: Callable[[Any, An
         )
         mask = builder.icmp_signed("<", ir.Constant(_INTS, list(range(LANES))), spread)
         at = builder.add(address, builder.mul(done, ir.Constant(_WORD, 4)))
-        body(builder.inttoptr(at, _FLOATS.as_pointer()), mask, loop.index)
+        body(builder.inttoptr(at, _FLOATS.as_pointer()), mask)
 
 
 def _load(builder: Any, pointer: Any, mask: Any, missing: float) -> Any:
@@ -61,7 +61,7 @@ def _exp_codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any: 
     def fma(a: Any, b: Any, c: Any) -> Any:
         return _call(builder, f"llvm.fmuladd.v{LANES}f32", _FLOATS, a, b, c)
 
-    def body(pointer: Any, mask: Any, index: Any) -> None:  # noqa: ARG001
+    def body(pointer: Any, mask: Any) -> None:
         x = _load(builder, pointer, mask, 0.0)
         for order, bound in ((">", -88.0), ("<", 88.0)):
             x = builder.select(builder.fcmp_ordered(order, x, _floats(bound)), x, _floats(bound))
@@ -75,7 +75,8 @@ def _exp_codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any: 
         name = f"llvm.masked.store.v{LANES}f32.p0"
         _call(builder, name, ir.VoidType(), builder.fmul(p, scale), pointer, ir.Constant(_INT, 4), mask)
 
-    _each_vector(builder, *args, body)
+    address, count = args
+    _each_vector(builder, address, count, body)
     return context.get_dummy_value()
 
 
@@ -89,9 +90,10 @@ def _max_codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any: 
     lowest = float("-inf")
     highest = cgutils.alloca_once_value(builder, _floats(lowest))
 
-    def body(pointer: Any, mask: Any, index: Any) -> None:  # noqa: ARG001
+    def body(pointer: Any, mask: Any) -> None:
         x, high = _load(builder, pointer, mask, lowest), builder.load(highest)
         builder.store(builder.select(builder.fcmp_ordered(">", x, high), x, high), highest)
 
-    _each_vector(builder, *args, body)
+    address, count = args
+    _each_vector(builder, address, count, body)
     return _call(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", _SINGLE, builder.load(highest))

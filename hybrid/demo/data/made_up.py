@@ -1,0 +1,158 @@
+"""Tools made up on the spot: one looks something up, or does something to something."""
+
+from random import Random
+
+from hybrid.demo.data.grammar import SPLITS, Pattern, all_wordings
+from hybrid.demo.data.toolbox import Parameter, Tool
+from hybrid.demo.data.vocabulary import split_of
+
+_NOUNS = """age color shape texture taste smell material origin username password_hint signature motto password_age
+engine_size fuel_type top_speed average_speed daily_limit weekly_plan monthly_cost yearly_income net_worth market_share job_title
+office_number desk_number floor_plan room_count bed_count star_rating price_range dress_code house_rules checkin_time checkout_time
+wifi_code gate_code entry_fee service_fee delivery_cost shipping_date arrival_day departure_day waiting_time cooking_time
+half_life boiling_point melting_point density mass charge wavelength frequency amplitude phase angle radius circumference surface
+volume_level sound_quality image_size file_size download_link upload_speed ping uptime error_rate success_rate exit_code log_level
+first_name last_name maiden_name middle_name home_address work_address next_of_kin emergency_contact marital_status citizenship
+grade class_size teacher lesson_plan homework exam_date reading_list library_card fine due_books bus_line train_line exit stop_name
+crop harvest_date soil_type moon_phase season daylight
+altitude population area postcode elevation founder height salary balance birthday rating
+score weight calories author publisher width duration capacity speed schedule menu members owner manager sales revenue budget sunrise sunset tide traffic pollen parking opening_hours air_quality
+nickname hobby profession country region district river_level water_temperature ticket_price rent tax deadline
+headquarters website logo slogan director producer editor artist genre volume_number page_count edition version license
+battery memory storage mileage fuel engine license_plate insurance blood_type shoe_size allergy diet favorite_team coach
+captain ranking medals record_time stadium league visa_rules holidays anthem flag dialing_code voltage plug_type water_depth
+crew cargo gate platform seat delay boarding_time baggage_limit""".split()
+_SUBJECTS = {
+    "city": ["city", "place", "town"], "person": ["person", "name", "user"],
+    "company": ["company", "name", "firm"], "dish": ["dish", "food"], "code": ["id", "number"],
+    "title": ["title", "name", "film"], "word": ["name", "item", "object"],
+}  # fmt: skip
+_FETCH_NAMES = (
+    "get_{}/find_{}/{}_lookup/fetch_{}/lookup_{}/{}_of/{}/query_{}/show_{}/read_{}/get_{}_info".split("/")
+)
+_FETCH_WORDINGS = {
+    "do": """(get|look up|fetch|read|check|query|view|show me|tell me|give me) the NOUN (of|for) {key}
+(tell me|say|check|see) (what|which) NOUN {key} (has|got)
+(tell me|see|check|say) what the NOUN of {key} is
+(tell|show|give) me {key}'s NOUN
+(go and|) (dig up|pull up|bring up|look into|inspect) (the|) NOUN (of|for) {key}""",
+    "thing": """the NOUN (of|for) {key}
+{key}'s NOUN
+the (exact|current|right|known) NOUN (of|for) {key}
+what the NOUN of {key} is
+which NOUN {key} has
+(the|) NOUN (as to|regarding|concerning|belonging to|listed for|known for|on) {key}
+(the|a) NOUN that {key} has
+(as for|regarding|concerning|about) {key}, (the|its|their) NOUN""",
+    "train": """(what's|what is|whats) the NOUN of {key}?
+(tell|give|show) me the NOUN (of|for) {key} (please|)
+(check|get|look up|find|fetch) the NOUN (of|for) {key} (please|)
+(can|could) you (check|get|look up|find|tell me) the NOUN (of|for) {key}?
+(i need|i want|i'd like) (to know|) the NOUN of {key}
+NOUN of {key} (please|)
+(do you know|can you say) the NOUN of {key}?
+(the|) NOUN for {key}?
+(i wonder|i want to know) what the NOUN of {key} is
+(use the tool|use your tools) (and|to) (find|get|tell me) the NOUN of {key}
+does {key} have (a|any|some) NOUN?
+(i am|i'm) (thinking of|asking about|talking about) {key}. (what's|what is|tell me) (the|its) NOUN(?|)
+(take|consider|look at) {key}(:|,|.) (what|which) is (its|the) NOUN?
+(and|now|then|so) the NOUN of {key}?
+(any|some) NOUN (known|there|listed) for {key}?
+(who knows|nobody knows) the NOUN of {key}(?|)""",
+    "dev": """{key} has which NOUN?
+please read me the NOUN of {key}
+what about the NOUN of {key}?""",
+    "sealed": """what NOUN does {key} have?
+please find out the NOUN of {key}
+how about the NOUN of {key}?
+let me see the NOUN for {key}""",
+}
+_ACTS = """delete archive close lock unlock approve cancel restart stop pause invite block follow ban print rename copy move
+hide show start resume accept reject mute pin share export import clean repair test check count sort""".split()
+_OBJECTS = """file ticket project user account door job server folder window group channel page table camera printer
+playlist document invoice branch build task machine robot gate device sensor room report backup member image video""".split()
+_ACT_NAMES = ["{}_{}", "{}_{}", "do_{}_{}", "{}_the_{}", "{}_{}_by_name", "{}_{}_now"]
+_ACT_WORDINGS = {
+    "do": """ACT (the|our|my|a|) OBJECT {key}
+ACT (the|our|my) OBJECT (named|called) {key}
+ACT {key}, (the|our|my) OBJECT
+(have|get) (the|our|my) OBJECT {key} and ACT it
+(take|find|open|look for|go to|pick) (the|our|my) OBJECT {key}(,| and|, then|, please) ACT it
+ACT (the|our|my) OBJECT(:|,|, it is|, namely) {key}
+(start|begin) to ACT (the|our|) OBJECT {key}""",
+    "train": """(please|) ACT (the|) OBJECT {key} (please|)
+(can|could|would) you (please|) ACT (the|) OBJECT {key}?
+(i want|i need|i'd like) (you|) to ACT (the|) OBJECT {key}
+ACT (the|) OBJECT (named|called|with the name) {key}
+(we|you) (must|should|have to) ACT (the|) OBJECT {key} (now|)
+(use the tool|use your tools) to ACT (the|) OBJECT {key}
+(there is|there's|you see|i have|we have) (a|the|this|one) OBJECT {key}(.|,|:) (please|) ACT it
+(i am|i'm|we are) (done|finished|through) with OBJECT {key}, (please|so) ACT it
+(it is about|this is about) (the|) OBJECT {key}(.|:) ACT it
+(the|our|my|that) OBJECT {key}(, please|) (is what|is something|has|needs someone|needs you) to ACT
+(shall|should|could) we ACT (the|) OBJECT {key}?
+(who|somebody) (can|could|should) ACT (the|) OBJECT {key}(?|)""",
+    "dev": """OBJECT {key}: ACT it
+the OBJECT {key} is one to ACT""",
+    "sealed": """it is time to ACT OBJECT {key}
+go ahead and ACT the OBJECT {key}
+would you kindly ACT the OBJECT {key}?""",
+}
+
+
+def novel_tool(split: str, rng: Random) -> Tool:
+    """A tool made up on the spot; its noun, or its verb and object together, belong to the split."""
+    if rng.random() < 0.65:
+        root = noun = rng.choice([n for n in _NOUNS if split_of(n) == split])
+        spoken, kind = noun.replace("_", " "), rng.choice(list(_SUBJECTS))
+        names = [form.format(noun) for form in _FETCH_NAMES]
+        about = [
+            f"Get the {spoken}.",
+            f"Returns the {spoken} of a {_SUBJECTS[kind][0]}.",
+            f"Look up the {spoken}",
+            f"{spoken} lookup",
+        ]
+        wordings = _insert(_FETCH_WORDINGS, NOUN=spoken)
+        keys, result, answer = (
+            [noun, "result", "value"],
+            rng.choice(["number", "word", "money", "person"]),
+            f"The {spoken} of {{key}}: {{result}}.",
+        )
+    else:
+        while True:
+            act, thing = rng.choice(_ACTS), rng.choice(_OBJECTS)
+            if split_of(f"{act} {thing}") == split:
+                break
+        a = "an" if thing[0] in "aeiou" and thing != "user" else "a"
+        root, kind = f"{act} {thing}", rng.choice(["word", "code", "person", "company", "title"])
+        names = [form.format(act, thing) for form in _ACT_NAMES]
+        about = [f"{act.capitalize()} {a} {thing}.", f"Used to {act} {a} {thing}", f"{act} {thing}"]
+        wordings = _insert(_ACT_WORDINGS, ACT=act, OBJECT=thing)
+        keys, result, answer = [], "ok", f"Done: {act} {thing} {{key}}."
+    own = _SUBJECTS.get(kind, ["name"])
+    parameter = Parameter(["key"], kind, [f"The {own[0]}", f"Name of the {own[0]}", f"Which {own[0]}"], True)
+    name = rng.choice(names)
+    return Tool(
+        [name], about, [_renamed(parameter, rng.choice(own))], keys, result, answer, wordings, novel_root=root
+    )
+
+
+def _renamed(parameter: Parameter, name: str) -> Parameter:
+    return Parameter([parameter.label, name], parameter.kind, parameter.abouts, parameter.required)
+
+
+def _insert(lines: dict[str, str], **words: str) -> dict[str, list[Pattern]]:
+    """Wordings with capitals replaced; their identity for the splits stays that of the line."""
+
+    def inserted(line: str) -> str:
+        for name, word in words.items():
+            line = line.replace(name, word)
+        return line
+
+    block = {kind: [inserted(line) for line in text.splitlines()] for kind, text in lines.items()}
+    patterns = all_wordings(block, of_tool=True)
+    for split in SPLITS:
+        for pattern, line in zip(patterns[split], lines[split].splitlines(), strict=False):
+            pattern.line = line
+    return patterns
