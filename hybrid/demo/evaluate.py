@@ -47,6 +47,7 @@ CARD_TOOL: dict[str, Any] = {
 NO_CALL = {
     "chat",
     "fact",
+    "unknown",
     "sum",
     "large sum",
     "arithmetic",

@@ -242,6 +242,22 @@ def test_sums_are_right_and_all_small_ones_occur() -> None:
     assert {(a, b) for a in range(11) for b in range(11)} <= found
 
 
+def test_a_fact_that_no_table_has_is_not_known() -> None:
+    told = {p.partition("=")[0].strip().lower() for p in blocks("facts.txt")[0]["pairs"][0].split(",")}
+    assert "france" in told
+    asked = 0
+    for i in range(3000):
+        talk = Talk("train", Random(i))
+        small_talk.fact(talk)
+        if talk.probes[0].kind == "unknown":
+            request = talk.messages[0]["content"].lower()
+            assert talk.messages[1]["content"] == small_talk.unknown()
+            if talk.probes[0].wording.startswith("capital"):
+                asked += 1
+                assert not told & set(re.findall("[a-z]+", request.split("capital")[1])), request
+    assert asked > 20
+
+
 def test_stories_are_recognised_and_other_texts_are_not() -> None:
     for i in range(200):
         text = small_talk.story(Random(i), "fox", "Tom")

@@ -52,13 +52,21 @@ def chat(talk: Talk, name: str) -> None:
         chat(talk, talk.rng.choice(block["then"][0].split()))
 
 
+_UNHEARD = {"capital": "{city}", "opposite": "{word}", "sound": "A {word}"}
+"""What a question of a table may be about without an answer in it."""
+
+
 def fact(talk: Talk) -> None:
-    """A question from facts.txt."""
+    """A question from facts.txt, now and then about something that its table does not know."""
     tables = _named("facts.txt", "table")
     name = talk.rng.choice(list(tables))
     block, wordings = tables[name]
     a, _, b = (part.strip() for part in talk.rng.choice(block["pairs"][0].split(",")).partition("="))
     n = talk.rng.randint(2, 5)
+    known = {pair.partition("=")[0].strip().lower() for pair in block["pairs"][0].split(",")}
+    other = talk.words.expand(_UNHEARD[name]) if name in _UNHEARD and talk.chance(0.25) else a
+    heard = other == a or other.lower() in known
+    a = a if heard else other
     if name == "lists":
         b = ", ".join(b.split(". ")[:n])
     subject = re.match(r"(?:(?:an?|the) )?\S+", a, re.IGNORECASE)
@@ -72,7 +80,10 @@ def fact(talk: Talk) -> None:
     }
     pattern = talk.pick(wordings)
     talk.user(spoken(talk, pattern, values, loosely=0.12), around=0.1)
-    talk.says(fill(block["reply"][0], values), "fact", f"{name}: {pattern.line}")
+    if heard:
+        talk.says(fill(block["reply"][0], values), "fact", f"{name}: {pattern.line}")
+    else:
+        talk.says(unknown(), "unknown", f"{name}: {pattern.line}")
 
 
 _OPERATIONS: dict[str, float] = {
