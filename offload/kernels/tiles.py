@@ -38,14 +38,20 @@ _KEPT, _OFFSET = (
 CODES_FACTOR = 256.0  # makes up for that
 
 
-def _tile(builder: Any, name: str, *arguments: Any) -> None:
+def tile_instruction(builder: Any, name: str, *arguments: Any) -> None:
     """One tile instruction; tile registers and addresses in its order."""
     values = [I8(a) if isinstance(a, int) else a for a in arguments]
     builder.call(declare(builder, f"llvm.x86.{name}", _VOID, [v.type for v in values]), values)
 
 
-def _load_tile(builder: Any, register: int, address: Any) -> None:
-    _tile(builder, "tileloadd64", register, pointer(builder, address, I8), I64(64))
+def load_tile(builder: Any, register: int, address: Any, stride: Any = I64(64)) -> None:  # noqa: B008 (a constant)
+    """A tile register from memory, its rows `stride` bytes apart."""
+    tile_instruction(builder, "tileloadd64", register, pointer(builder, address, I8), stride)
+
+
+def store_tile(builder: Any, register: int, address: Any, stride: Any = I64(64)) -> None:  # noqa: B008
+    """A tile register to memory, its rows `stride` bytes apart."""
+    tile_instruction(builder, "tilestored64", register, pointer(builder, address, I8), stride)
 
 
 @intrinsic
@@ -55,7 +61,7 @@ def configure_tiles(_context: Any) -> Any:
     def generate(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
         config = bytes([1] + 15 * [0] + 8 * [64, 0] + 16 * [0] + 8 * [16] + 8 * [0])
         place = cgutils.alloca_once_value(builder, cgutils.make_bytearray(config))
-        _tile(builder, "ldtilecfg", builder.bitcast(place, _ADDRESS))
+        tile_instruction(builder, "ldtilecfg", builder.bitcast(place, _ADDRESS))
         return context.get_dummy_value()
 
     return types.void(), generate
@@ -66,7 +72,7 @@ def release_tiles(_context: Any) -> Any:
     """Give the tile registers back: a thread that holds none is cheaper to switch."""
 
     def generate(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
-        _tile(builder, "tilerelease")
+        tile_instruction(builder, "tilerelease")
         return context.get_dummy_value()
 
     return types.void(), generate
@@ -233,7 +239,7 @@ class _Multiply:
         """Add the scaled sums of one block's columns to `out`."""
         builder = self.builder
         for register in _SUMS:
-            _tile(builder, "tilezero", register)
+            tile_instruction(builder, "tilezero", register)
         with cgutils.for_range_slice(builder, I64(0), columns, I64(STEP)) as (column, _):
             self.add_step(column)
         self.add_block(builder.load(pointer(builder, scale, F32), align=1), out, stride)
@@ -246,12 +252,12 @@ class _Multiply:
         b = builder.add(self.b, builder.mul(step, I64(B_STEP)))
         for odd in range(2):
             for piece, register in enumerate(_B):
-                _load_tile(builder, register, builder.add(b, I64(TILE * (PIECES * odd + piece))))
+                load_tile(builder, register, builder.add(b, I64(TILE * (PIECES * odd + piece))))
             for i, register in enumerate(_SUMS):
-                _load_tile(builder, _A, builder.add(a, I64(TILE * (4 * odd + i))))
+                load_tile(builder, _A, builder.add(a, I64(TILE * (4 * odd + i))))
                 self.prefetch(column, range(8 * (4 * odd + i), 8 * (4 * odd + i + 1)))
                 for piece in _B:
-                    _tile(builder, "tdpbf16ps", register, _A, piece)
+                    tile_instruction(builder, "tdpbf16ps", register, _A, piece)
 
     def prefetch(self, column: Any, rows: range) -> None:
         """A step's codes of some rows ahead."""
@@ -268,8 +274,7 @@ class _Multiply:
         builder = self.builder
         buffer = builder.ptrtoint(self.buffer, I64)
         for register in _SUMS:
-            at = pointer(builder, builder.add(buffer, I64(TILE * register)), I8)
-            _tile(builder, "tilestored64", register, at, I64(64))
+            store_tile(builder, register, builder.add(buffer, I64(TILE * register)))
         factor = splat(builder, scale, LANES)
         for r in range(TILE_ROWS):
             place = pointer(builder, builder.add(out, builder.mul(stride, I64(r))), vector(F32, LANES))

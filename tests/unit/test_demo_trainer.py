@@ -16,7 +16,8 @@ from hybrid.demo.data.encode import Encoder
 from hybrid.demo.data.generator import conversation
 from hybrid.demo.shape import config_fields
 from hybrid.demo.trainer.feed import Batch, Feed, collate, document
-from hybrid.demo.trainer.kernels.gemm import Crew, exp_row, gemm, max_row
+from hybrid.demo.trainer.kernels.gemm import Array, Crew, exp_row, gemm, max_row
+from hybrid.demo.trainer.kernels.products import TILES, VECTORS, Products
 from hybrid.demo.trainer.loop import Loop
 from hybrid.demo.trainer.matching import Case, cases, evaluate, exact_matches
 from hybrid.demo.trainer.model import DemoModel
@@ -27,6 +28,7 @@ from hybrid.demo.trainer.plot import draw
 from hybrid.demo.trainer.state import Run, Settings
 from hybrid.synth import ASSETS
 from offload.errors import UsageError
+from offload.kernels.levels import choose_level
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -77,7 +79,7 @@ def test_gemm_matches_numpy(m: int, k: int, n: int, transposed: bool) -> None:
 
 
 def test_exp_matches_numpy_and_underflows_to_zero() -> None:
-    x = np.concatenate([np.linspace(-87, 20, 1001), [-200.0, -100.0]]).astype(np.float32)
+    x = np.concatenate([np.linspace(-87, 88, 1001), [-200.0, -100.0, -87.8]]).astype(np.float32)
     y = np.append(x, np.float32(7))
     exp_row(y, len(x))
     np.testing.assert_allclose(y[:1001], np.exp(x[:1001].astype(np.float64)), rtol=4e-7)
@@ -95,6 +97,38 @@ def test_maximum_of_a_row_sees_all_of_it_and_nothing_else(n: int) -> None:
         assert max_row(y, n) == -0.5
 
 
+tiles_wanted = pytest.mark.skipif(not choose_level().tiles, reason="this CPU has no AMX tiles")
+WAYS = [(VECTORS, 1e-6), pytest.param(TILES, 5e-3, marks=tiles_wanted)]
+
+
+@pytest.mark.parametrize(("products", "tolerance"), WAYS)
+def test_products_in_parts_and_of_transposed_factors(products: Products, tolerance: float) -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((64, 96)).astype(np.float32), rng.standard_normal((96, 160)).astype(np.float32)
+    exact = a.astype(np.float64)
+
+    def near(got: Array, wanted: Array) -> bool:
+        return bool(np.linalg.norm(got - wanted) < tolerance * np.linalg.norm(wanted))
+
+    factors = [
+        (products.left(a), products.right(b)),
+        (products.left_turned(a.T.copy()), products.right_turned(b.T.copy())),
+    ]
+    products.begin()
+    for left, right in factors:
+        out = np.full((64, 160), 7, np.float32)
+        products.multiply(left, right, out, False)
+        assert near(out, exact @ b)
+        products.multiply(products.columns(left, 32, 96), products.rows(right, 32, 96), out, True)
+        assert near(out, exact @ b + exact[:, 32:] @ b[32:])
+        kept = out.copy()
+        products.multiply(left[32:64], right[:, 32:96], out[:32, 64:128], False)
+        assert near(out[:32, 64:128], exact[32:] @ b[:, 32:96])
+        kept[:32, 64:128] = out[:32, 64:128]
+        assert np.array_equal(out, kept)  # nothing else was touched
+    products.end()
+
+
 def test_crew_splits_by_cost() -> None:
     crew = Crew(3)
     assert crew.split(np.ones(9)).tolist() == [0, 3, 6, 9]
@@ -106,7 +140,7 @@ def two_models(fields: dict[str, Any]) -> tuple[DemoModel, DemoModel]:
     """The same weights on torch's operations and on the compiled ones."""
     config = ModelConfig.from_dict(fields)
     torch.manual_seed(1)
-    plain, native = DemoModel(config, TorchOps()), DemoModel(config, NativeOps(2))
+    plain, native = DemoModel(config, TorchOps()), DemoModel(config, NativeOps(2, exact=True))
     torch.nn.init.normal_(plain.lm_head, std=0.1)
     for moe in plain.moe_layers():
         torch.nn.init.normal_(moe.bias, std=0.02)
@@ -130,6 +164,35 @@ def test_compiled_operations_match_torch(fields: dict[str, Any], batches: list[B
         assert mine.grad is not None
         error = (mine.grad - theirs.grad).norm() / theirs.grad.norm()
         assert error < 2e-5, name
+
+
+@tiles_wanted
+def test_operations_on_tiles_match_torch_within_bfloat16(encoder: Encoder, batches: list[Batch]) -> None:
+    """Sizes that tiles take; documents that end within a tile and a block, and experts with few tokens or none."""
+    fields = config_fields(encoder.tokenizer, {"num_hidden_layers": 3})
+    config = ModelConfig.from_dict(fields)
+    torch.manual_seed(1)
+    models = [
+        DemoModel(config, TorchOps()),
+        DemoModel(config, NativeOps(2)),
+        DemoModel(config, NativeOps(2, exact=True)),
+    ]
+    tokens = torch.cat([b.tokens for b in batches])[:197]
+    docs = Documents.of(torch.tensor([37, 1, 90, 64, 5]), CPU)
+    hidden, gradients = [], []
+    for model in models:
+        model.load_state_dict(models[0].state_dict())
+        states, seen = model.hidden_states(tokens, docs)
+        assert bool((seen.loads[0] == 0).any())
+        states.sin().sum().backward()
+        hidden.append(states.detach())
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    plain, tiles, exact = ((h - hidden[0]).norm() / hidden[0].norm() for h in hidden)
+    assert plain == 0
+    assert exact < 1e-4 < tiles < 0.05  # routing of close scores may differ
+    for name in ("layers.0.self_attn.q_b_proj", "layers.2.mlp.gate_up", "layers.2.mlp.down_t"):
+        wanted, got = gradients[0][name], gradients[1][name]
+        assert (got - wanted).norm() / wanted.norm() < 0.1, name
 
 
 def test_documents_do_not_see_each_other(fields: dict[str, Any]) -> None:
@@ -330,7 +393,7 @@ def test_exact_match_agrees_with_greedy_decoding(fields: dict[str, Any], encoder
     say the same of each as really decoding it."""
     config = ModelConfig.from_dict(fields)
     torch.manual_seed(0)
-    model = DemoModel(config, NativeOps(2))
+    model = DemoModel(config, NativeOps(2, exact=True))
     some = sorted(cases(encoder, "train", 60), key=lambda case: len(case.encoded.tokens))
     learnt, unseen = some[:3], some[3:5]
     batch = collate([case.encoded for case in learnt], 0)

@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from hybrid.demo.trainer.kernels.tile import COLUMNS, tile_1, tile_8, tile_single
+from hybrid.demo.trainer.kernels.tile import COLUMNS, MANY, tile_1, tile_4, tile_many, tile_single
 from hybrid.demo.trainer.kernels.vector import exp_at, max_at
 
 Array = NDArray[Any]
@@ -29,9 +29,12 @@ def _product(
     whole = n - n % COLUMNS
     for j in range(0, 4 * whole, 4 * COLUMNS):
         i = 0
-        while i + 8 <= rows:
-            tile_8(a + i * a_row, a_row, a_col, b + j, b_row, c + i * c_row + j, c_row, depth)
-            i += 8
+        while i + MANY <= rows:
+            tile_many(a + i * a_row, a_row, a_col, b + j, b_row, c + i * c_row + j, c_row, depth)
+            i += MANY
+        while i + 4 <= rows:
+            tile_4(a + i * a_row, a_row, a_col, b + j, b_row, c + i * c_row + j, c_row, depth)
+            i += 4
         while i < rows:
             tile_1(a + i * a_row, a_row, a_col, b + j, b_row, c + i * c_row + j, c_row, depth)
             i += 1
@@ -85,13 +88,13 @@ def transpose(source: Array, target: Array) -> None:
 
 @jit
 def exp_row(x: Array, n: int) -> None:
-    """x[:n] = exp(x[:n]) in float32, as `exp_at` does it."""
+    """x[:n] = exp(x[:n]) as `exp_at` does it; x is contiguous float32."""
     exp_at(x.ctypes.data, n)
 
 
 @jit
 def max_row(x: Array, n: int) -> float:
-    """The largest of x[:n] in float32, n >= 1."""
+    """The largest of x[:n], n >= 1; x is contiguous float32."""
     return max_at(x.ctypes.data, n)
 
 

@@ -86,6 +86,10 @@ def _make_tile(rows: int, vectors: int, lanes: int) -> Any:
     return tile
 
 
-tile_8 = _make_tile(8, 2, LANES)
+MANY = 8 if LANES == 16 else 4
+"""Rows of the large tile: enough sums for two multipliers to be busy, and all in registers (AVX2 has 16)."""
+
+tile_many = _make_tile(MANY, 2, LANES)
+tile_4 = _make_tile(4, 2, LANES)
 tile_1 = _make_tile(1, 2, LANES)
 tile_single = _make_tile(1, 1, 1)

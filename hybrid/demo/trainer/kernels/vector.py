@@ -13,7 +13,6 @@ from hybrid.demo.trainer.kernels.tile import LANES
 
 _SINGLE, _INT, _WORD = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _FLOATS, _INTS = ir.VectorType(_SINGLE, LANES), ir.VectorType(_INT, LANES)
-_MASK = ir.VectorType(ir.IntType(1), LANES)
 _TAYLOR = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0)
 
 
@@ -49,8 +48,8 @@ def _load(builder: Any, pointer: Any, mask: Any, missing: float) -> Any:
 
 @intrinsic
 def exp_at(typingctx: Any, address: Any, n: Any) -> Any:  # noqa: ARG001
-    """Replace the n floats at an address by their exponentials, to 3 ulp; arguments are held to -88..88, and -88
-    gives 0.
+    """Replace the n floats at an address by their exponentials, to 3 ulp from -87 to 88; below -87.7 it gives 0, above
+    88 what 88 gives, and of a NaN a number.
 
     2^k * p(f), with p the degree-6 Taylor polynomial of e^f on |f| <= ln(2)/2.
     """
