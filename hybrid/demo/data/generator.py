@@ -28,14 +28,18 @@ def conversation(split: str, rng: Random) -> Conversation:
 def _small_talk(talk: Talk) -> None:
     roll = talk.rng.random()
     declared = {d.tool.key for d in talk.declared}
+    knowing = bool(declared & tool_scenes.KNOWING)
     if talk.facts and talk.chance(0.25):
         small_talk.chat(talk, f"ask{talk.rng.choice(list(talk.facts))}")
     elif roll < 0.47:
-        names = [n for n in small_talk.intents() if n != "dontknow" or not declared & tool_scenes.KNOWING]
+        barred = small_talk.ANSWERS if small_talk.expects_answer(talk) else set()
+        if knowing:
+            barred |= {"dontknow"}
+        names = [name for name in small_talk.intents() if name not in barred]
         weights = [_INTENT_WEIGHTS.get(name, 1.0) for name in names]
         small_talk.chat(talk, talk.rng.choices(names, weights)[0])
     elif roll < 0.61:
-        small_talk.fact(talk)
+        small_talk.fact(talk, heard=knowing)
     else:
         small_talk.numbers(talk, reckoning=not declared & tool_scenes.RECKONING)
 

@@ -14,6 +14,9 @@ SPLITS = ("train", "dev", "sealed")
 _FRAMES = {"do": ["do"], "want": ["want"], "thing": ["want", "ask"]}
 """Kinds of phrases, and the headings of frames.txt whose sentences they go into."""
 
+_CLAUSE = re.compile(r"\(?(how|what|which|if|whether|whom?|where|why|when|regarding|as for)\b")
+"""Begins a phrase that one can ask about but not want: "how cold it is"."""
+
 _TOKEN = re.compile(r"[(|)]|[^(|)]+")
 SLOT = re.compile(r"\{([a-z_.*]+)\}")
 
@@ -105,31 +108,39 @@ def loosen(text: str, rng: Random) -> str:
 
 
 _PLACED = re.compile(
-    r"""(?: ?\b(?:in|for|at|of|over|around|to|on|about|with|named|called|from|by|saying))?:? ?("?\{[a-z_]+\}"?)(?!'s| (?:minute|percent|dice|of))"""
+    r"""(?P<before> (?:in|for|at|of|over|around|to|on|about|with|named|called|from|by|saying))?:? ?(?P<slot>"?\{[a-z_]+\}"?)(?P<after>[^?.!,:;]*)[?.!]?$"""
 )
-"""The one slot of a wording, and the little words before it that go when it goes elsewhere."""
-_BEFORE = """{v}: {h}|{v}, {h}|{v} - {h}|{v}. {h}|for {v}: {h}|about {v}: {h}|it is about {v}. {h}|this is for {v}, {h}
-{v} is the one: {h}|take {v}: {h}|i have {v} here. {h}|you know {v}? {h}|with {v}, {h}|as for {v}, {h}|{v} again: {h}
-{v} is what i mean. {h}|i think of {v}. {h}|{v}, please: {h}|{v}; {h}|next, {v}: {h}|there is {v}. {h}""".replace(
-    "\n", "|"
-).split("|")
+"""The one slot of a wording, in its last phrase, and the little word before it that goes when it goes elsewhere."""
+_BEHIND_SLOT = re.compile(
+    r"'s\b| (?:minutes?|percent|dice|of|is|are|has|have|costs?|means?|stands|show|say)\b"
+)
+_PLAIN = "{v}: {h}|{v}, {h}|{v} - {h}|{v}. {h}|{v}; {h}".split("|")
+_SPOKEN = """for {v}: {h}|about {v}: {h}|it is about {v}. {h}|this is for {v}, {h}|{v} is the one: {h}|take {v}: {h}
+i have {v} here. {h}|you know {v}? {h}|with {v}, {h}|as for {v}, {h}|{v} again: {h}|{v} is what i mean. {h}
+i think of {v}. {h}|{v}, please: {h}|next, {v}: {h}|there is {v}. {h}""".replace("\n", "|").split("|")
 _BEHIND = """{h}: {v}|{h}, {v}|{h} - {v}|{h}, namely {v}|{h}. it is {v}|{h}, i mean {v}|{h}, that is, {v}|{h}; {v}
 {h}. i am speaking of {v}|{h}. the one is {v}""".replace("\n", "|").split("|")
 
 
-def move_slot(text: str, rng: Random) -> str:
+def move_slot(text: str, rng: Random, *, free_text: bool = False) -> str:
     """A wording with one slot, said so that the slot stands apart, mostly in front ("the weather in {city}" ->
-    "{city}: the weather"); behind only where it already was. Other wordings stay as they are."""
+    "{city}: the weather"); behind only where it already was. Wordings that would not bear it stay as they are.
+
+    `free_text`: the slot holds words as any others, which only punctuation sets apart.
+    """
     found = _PLACED.search(text)
-    if len(SLOT.findall(text)) != 1 or not found:
+    if len(SLOT.findall(text)) != 1 or not found or _BEHIND_SLOT.match(found["after"]):
         return text
-    head = tidy(text[: found.start()] + " " + text[found.end() :])
-    ends_in_slot = found.end() == len(text.rstrip("?.! "))
-    forms = _BEHIND if ends_in_slot and rng.random() < 0.35 else _BEFORE
-    form = rng.choice(forms)
-    if forms is _BEHIND:
-        head = head.rstrip("?.!:, ")
-    return form.replace("{h}", head.lstrip(",:;-. ")).replace("{v}", found[1])
+    head = text[: found.start()]
+    if not found["before"] and (found["after"].strip() or len(head.split()) < 3):
+        return text  # the object of a verb: "play {song} now"
+    head = tidy(head + found["after"])
+    if not found["after"].strip() and rng.random() < 0.35:
+        return rng.choice(_BEHIND[:1] if free_text else _BEHIND).format(h=head.rstrip(":, "), v=found["slot"])
+    head += text[-1] if text[-1] == "?" else ""
+    return rng.choice(_PLAIN if free_text else _PLAIN + _SPOKEN).format(
+        h=head.lstrip(",:;-. "), v=found["slot"]
+    )
 
 
 def fill(text: str, values: dict[str, str]) -> str:
@@ -186,7 +197,8 @@ def all_wordings(
     for kind, headings in _FRAMES.items():
         taken = [*headings, *(f"{heading}_tool" for heading in headings if of_tool)]
         for phrase in block.get(kind, []):
-            found["train"].append(_framed(phrase, _frames(*taken, whole=last_slot(phrase) in open_ended)))
+            fitting = [h for h in taken if h != "want" or not _CLAUSE.match(phrase)]
+            found["train"].append(_framed(phrase, _frames(*fitting, whole=last_slot(phrase) in open_ended)))
     return found
 
 

@@ -6,7 +6,7 @@ from hybrid.demo.data.grammar import SPLITS, Pattern, all_wordings
 from hybrid.demo.data.toolbox import Parameter, Tool
 from hybrid.demo.data.vocabulary import split_of
 
-_NOUNS = """age color shape texture taste smell material origin username password_hint signature motto password_age
+_NOUNS = """shape texture taste smell material username password_hint signature motto password_age
 engine_size fuel_type top_speed average_speed daily_limit weekly_plan monthly_cost yearly_income net_worth market_share job_title
 office_number desk_number floor_plan room_count bed_count star_rating price_range dress_code house_rules checkin_time checkout_time
 wifi_code gate_code entry_fee service_fee delivery_cost shipping_date arrival_day departure_day waiting_time cooking_time

@@ -27,6 +27,16 @@ def unknown() -> str:
     return _named("chat.txt", "intent")["dontknow"][0]["reply"][0]
 
 
+ANSWERS = {"ok", "no", "praise", "iamfine", "iamsad"}
+"""Intents that, right after a question of the model's, would answer it."""
+
+
+def expects_answer(talk: Talk) -> bool:
+    """Whether the model has just asked something that has its own answers."""
+    questions = {b["reply"][0] for b, _ in _named("chat.txt", "intent").values() if "then" in b}
+    return bool(talk.messages) and talk.messages[-1]["content"] in questions
+
+
 def chat(talk: Talk, name: str) -> None:
     """One exchange of an intent of chat.txt."""
     block, wordings = _named("chat.txt", "intent")[name]
@@ -52,21 +62,21 @@ def chat(talk: Talk, name: str) -> None:
         chat(talk, talk.rng.choice(block["then"][0].split()))
 
 
-_UNHEARD = {"capital": "{city}", "opposite": "{word}", "sound": "A {word}"}
-"""What a question of a table may be about without an answer in it."""
+_UNHEARD = {"capital": "city", "opposite": "word"}
+"""Kinds of words that a question of a table may be about without an answer in it."""
 
 
-def fact(talk: Talk) -> None:
-    """A question from facts.txt, now and then about something that its table does not know."""
+def fact(talk: Talk, *, heard: bool = False) -> None:
+    """A question from facts.txt, now and then, but with `heard`, about something that its table does not know."""
     tables = _named("facts.txt", "table")
     name = talk.rng.choice(list(tables))
     block, wordings = tables[name]
     a, _, b = (part.strip() for part in talk.rng.choice(block["pairs"][0].split(",")).partition("="))
     n = talk.rng.randint(2, 5)
-    known = {pair.partition("=")[0].strip().lower() for pair in block["pairs"][0].split(",")}
-    other = talk.words.expand(_UNHEARD[name]) if name in _UNHEARD and talk.chance(0.25) else a
-    heard = other == a or other.lower() in known
-    a = a if heard else other
+    if not heard and name in _UNHEARD and talk.chance(0.25):
+        unheard = talk.words.text(_UNHEARD[name])
+        if not re.search(rf"(?:^|,)\s*{re.escape(unheard)}=", block["pairs"][0], re.IGNORECASE):
+            a, b = unheard, ""
     if name == "lists":
         b = ", ".join(b.split(". ")[:n])
     subject = re.match(r"(?:(?:an?|the) )?\S+", a, re.IGNORECASE)
@@ -80,7 +90,7 @@ def fact(talk: Talk) -> None:
     }
     pattern = talk.pick(wordings)
     talk.user(spoken(talk, pattern, values, loosely=0.12), around=0.1)
-    if heard:
+    if b:
         talk.says(fill(block["reply"][0], values), "fact", f"{name}: {pattern.line}")
     else:
         talk.says(unknown(), "unknown", f"{name}: {pattern.line}")

@@ -132,16 +132,30 @@ def _around(place: str) -> dict[str, list[Pattern]]:
 def spoken(
     talk: Talk, pattern: Pattern, values: dict[str, str], *, loosely: float = 0.0, begins: bool = True
 ) -> str:
-    """The pattern with alternatives chosen and `values` in its slots as they are.
+    """What `worded` gives, with `values` in its slots as they are."""
+    return fill(worded(talk, pattern, loosely=loosely, begins=begins), values)
 
-    While training, with chance `loosely` not quite in the pattern's own words or its slot moved. At the beginning of a sentence its
+
+def worded(
+    talk: Talk,
+    pattern: Pattern,
+    *,
+    loosely: float = 0.0,
+    begins: bool = True,
+    open_ended: frozenset[str] = frozenset(),
+) -> str:
+    """The pattern with alternatives chosen, its slots still open.
+
+    While training, with chance `loosely` not quite in the pattern's own words, and with as much its slot moved;
+    `open_ended` slots hold free text, which would run into words put beside it. At the beginning of a sentence its
     own first letter is mostly a capital.
     """
+    free_text = bool(pattern.slots & open_ended)
     text = pattern.sample(talk.rng)
     if talk.split == "train":
-        loose = loosen(text, talk.rng) if talk.chance(loosely) else text
+        loose = loosen(text, talk.rng) if talk.chance(loosely) and not free_text else text
         if talk.chance(loosely):
-            loose = move_slot(loose, talk.rng)
+            loose = move_slot(loose, talk.rng, free_text=free_text)
         while _plainly(loose) in _held_out():
             loose = pattern.sample(talk.rng)
         text = loose
@@ -149,7 +163,7 @@ def spoken(
         text = _carefully(text)
     if begins and talk.chance(0.75):
         text = text[:1].upper() + text[1:]  # of a slot, the brace
-    return tidy(fill(text, values))
+    return tidy(text)
 
 
 _NAMES = """German French Spanish Chinese Italian Latin Russian English Kimi Claude Siri Gemini Llama Moonshot Google Monday

@@ -1,13 +1,13 @@
 """Scenes with tools: single calls, parallel calls, missing arguments, undeclared tools, answers to results."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from hybrid.demo.data import small_talk
 from hybrid.demo.data.arguments import argument
-from hybrid.demo.data.grammar import Pattern, last_slot
+from hybrid.demo.data.grammar import fill, last_slot
 from hybrid.demo.data.made_up import novel_tool
 from hybrid.demo.data.results import result
-from hybrid.demo.data.talk import Talk, spoken
+from hybrid.demo.data.talk import Talk, spoken, worded
 from hybrid.demo.data.toolbox import Declared, Tool, declare, written_tools
 
 REFUSAL = "Sorry, I have no tool for that."
@@ -15,7 +15,8 @@ _CONFUSABLE = [
     {"calculate", "add_numbers"}, {"create_note", "add_task"}, {"get_directions", "book_flight"},
     {"set_timer", "add_task"}, {"send_message", "send_email"}, {"set_timer", "set_alarm"},
     {"open_app", "play_music"}, {"define_word", "search_web"}, {"get_recipe", "search_web"},
-    {"create_event", "add_task"}, {"create_note", "add_to_list"},
+    {"create_event", "add_task"}, {"create_note", "add_to_list"}, {"create_event", "create_note"},
+    {"add_task", "add_to_list"},
 ]  # fmt: skip
 """Tools that answer to much the same requests: never declared together, nor one asked for when only the other is."""
 KNOWING = {"search_web", "define_word", "get_recipe"}
@@ -47,12 +48,22 @@ def declare_some(talk: Talk, count: int, *, weather: bool = False) -> None:
             talk.declared.append(declared)
 
 
-def request(
-    talk: Talk, target: Declared, *, listed: int = 1, begins: bool = True
-) -> tuple[str, list[dict[str, Any]], Pattern]:
-    """A request for a declared tool: its text, the labels' values of each call it asks for, and the wording.
+class Request(NamedTuple):
+    """`calls`: the labels' values of each call it asks for; `wording`: the line it was made from; `open_ended`:
+    whether it ends in free text, which words after it would seem to belong to."""
 
-    `begins`: it stands at the beginning of a sentence. `listed` > 1 asks for that many values of the tool's one argument at once ("in Rome and Oslo")."""
+    text: str
+    calls: list[dict[str, Any]]
+    wording: str
+    open_ended: bool
+
+
+def request(talk: Talk, target: Declared, *, listed: int = 1, begins: bool = True) -> Request:
+    """A request for a declared tool.
+
+    `begins`: it stands at the beginning of a sentence. `listed` > 1 asks for that many values of the tool's one
+    argument at once ("in Rome and Oslo").
+    """
     required = {p.label for p in target.tool.required}
     pattern = talk.pick(target.tool.wordings, lambda p: required <= p.slots <= set(target.names))
     values = {
@@ -67,7 +78,9 @@ def request(
         joint = talk.rng.choice([" and ", " and ", " and also "])
         texts[first.label] = ", ".join(names[:-1]) + joint + names[-1]
         calls = [{**calls[0], first.label: value.json} for value in more]
-    return spoken(talk, pattern, texts, loosely=0.13, begins=begins), calls, pattern
+    free = target.tool.open_ended
+    said = worded(talk, pattern, loosely=0.13, begins=begins, open_ended=free)
+    return Request(fill(said, texts), calls, pattern.line, last_slot(said.rstrip("?.! ")) in free)
 
 
 def answer(talk: Talk, calls: list[tuple[Declared, dict[str, Any]]], wording: str) -> None:
@@ -75,11 +88,6 @@ def answer(talk: Talk, calls: list[tuple[Declared, dict[str, Any]]], wording: st
     results = [result(talk, target, values) for target, values in calls]
     talk.returned([content for content, _ in results])
     talk.says(" ".join(sentence for _, sentence in results), "result", wording)
-
-
-def _ends_open(target: Declared, pattern: Pattern) -> bool:
-    """Whether a request so worded ends in free text, which words after it would seem to belong to."""
-    return last_slot(pattern.line) in target.tool.open_ended
 
 
 def _kind(target: Declared) -> str:
@@ -90,13 +98,14 @@ def _kind(target: Declared) -> str:
 
 def single(talk: Talk, target: Declared, *, answered: bool) -> None:
     """One call, perhaps its result and answer, perhaps the same for something else ("and in Rome?")."""
-    text, calls, pattern = request(talk, target)
-    talk.user(text, around=0.35, more=not _ends_open(target, pattern))
+    asked = request(talk, target)
+    calls = [(target, asked.calls[0])]
+    talk.user(asked.text, around=0.35, more=not asked.open_ended)
     name = "novel" if target.tool.novel else target.tool.key
-    talk.call([(target, calls[0])], _kind(target), f"{name}: {pattern.line}")
+    talk.call(calls, _kind(target), f"{name}: {asked.wording}")
     if not answered:
         return
-    answer(talk, [(target, calls[0])], target.tool.key)
+    answer(talk, calls, target.tool.key)
     first = target.tool.required[0]
     if len(target.tool.required) == 1 and first.kind in _LISTABLE and talk.chance(0.25):
         value = argument(talk.words, first.kind)
@@ -118,24 +127,23 @@ def parallel(talk: Talk, *, answered: bool) -> None:
     ]
     if listable and (len(talk.declared) < 2 or talk.chance(0.6)):
         target = rng.choice(listable)
-        text, values, pattern = request(talk, target, listed=rng.choice([2, 2, 2, 3]))
-        calls, wording = [(target, v) for v in values], f"{target.tool.key}: {pattern.line}"
+        listing = request(talk, target, listed=rng.choice([2, 2, 2, 3]))
+        text, wording, more = listing.text, f"{target.tool.key}: {listing.wording}", not listing.open_ended
+        calls = [(target, values) for values in listing.calls]
     elif len(talk.declared) >= 2:
         chosen = rng.sample(talk.declared, 2)
         asked = [request(talk, chosen[0])]
-        joints = [". ", ". Also, "] + [" and ", ", and ", " and also "] * (
-            not _ends_open(chosen[0], asked[0][2])
-        )
+        joints = [". ", ". Also, "] + [" and ", ", and ", " and also "] * (not asked[0].open_ended)
         joint = rng.choice(joints)
         asked.append(request(talk, chosen[1], begins=joint == ". "))
-        one, two = (text for text, _, _ in asked)
+        (one, two), more = (each.text for each in asked), not asked[1].open_ended
         text = (one if joint[0] == "." and one[-1] == "?" else one.rstrip("?.") + joint[0]) + joint[1:] + two
-        calls = [(target, values[0]) for target, (_, values, _) in zip(chosen, asked, strict=True)]
+        calls = [(target, each.calls[0]) for target, each in zip(chosen, asked, strict=True)]
         wording = "two tools"
     else:
         single(talk, talk.declared[0], answered=answered)
         return
-    talk.user(text, around=0.25)
+    talk.user(text, around=0.25, more=more)
     talk.call(calls, "parallel", wording)
     if answered:
         answer(talk, calls, "parallel")
@@ -145,7 +153,7 @@ def incomplete(talk: Talk, target: Declared) -> None:
     """A request that leaves out what the tool needs; the assistant asks, is told, and calls."""
     first = target.tool.required[0]
     pattern = talk.rng.choice(target.tool.missing)
-    talk.user(spoken(talk, pattern, {}), around=0.15)
+    talk.user(spoken(talk, pattern, {}))  # alone: a sentence beside it might name what is missing
     label = first.label.replace("_", " ")
     talk.says(f"Please tell me the {label}.", "incomplete", f"{target.tool.key}: {pattern.line}")
     value = argument(talk.words, first.kind)
@@ -166,11 +174,11 @@ def undeclared(talk: Talk) -> None:
             break
     if tool.missing and talk.chance(0.15):
         pattern = rng.choice(tool.missing)
-        text = spoken(talk, pattern, {})
+        text, line = spoken(talk, pattern, {}), pattern.line
     else:
-        text, _, pattern = request(talk, declare(tool, rng))
+        text, _, line, _ = request(talk, declare(tool, rng))
     talk.user(text, around=0.25)
-    wording = f"{'novel' if tool.novel else tool.key}: {pattern.line}"
+    wording = f"{'novel' if tool.novel else tool.key}: {line}"
     if talk.declared:
         talk.says(REFUSAL, "undeclared", wording)
     elif tool.novel and tool.result_keys:  # a question as any other

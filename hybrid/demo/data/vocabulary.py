@@ -38,6 +38,21 @@ def _said() -> list[str]:
     return sorted({word for text in texts for word in re.findall(r"\b[a-z]{3,}\b", text)})
 
 
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+MONTHS = "January February March April May June July August September October November December".split()
+_MARKS = """please again now today tomorrow tonight quickly thanks thank ok okay then also and small medium large on off""".split()
+
+
+@cache
+def _jumbled() -> list[str]:
+    """Words for jumbles: none of the other splits' own, none that a request may go on with after a value."""
+    return [
+        word
+        for word in _said()
+        if split_of(word) == "train" and word not in _MARKS and word.capitalize() not in DAYS + MONTHS
+    ]
+
+
 _ONSETS = "b br c ch d dr f fl g gr h j k kl l m n p pl r s sh st t th tr v w z".split()
 _VOWELS = "a e i o u a e i o a e ai ea ia oo ou".split()
 _CODAS = ["", "", "", *"l m n r s t d k nd rn st ld ck".split()]
@@ -52,8 +67,6 @@ ROOMS = (
     "hallway balcony"
 ).replace("+", "_")
 TRANSPORTS = "car train bus bike boat plane taxi ferry tram".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 ANIMALS = "cat dog mouse bear fox horse owl rabbit frog duck wolf lion hedgehog turtle bird fish goat donkey squirrel".split()
 _CLOSED_BELOW = 13
@@ -68,13 +81,13 @@ class Vocabulary:
 
     def text(self, kind: str) -> str:
         """A string of a kind: a city, person, dish, time, message..."""
+        share, low, high = _JUMBLED.get(kind, (0.0, 0, 0))
+        if self.split == "train" and self.rng.random() < share:
+            jumble = self._jumble(low, high)
+            return self._cased(jumble.title()) if kind in _NAMES else jumble
         made = getattr(self, f"_{kind}", None)
         if made is not None:
             return str(made())
-        if kind in _JUMBLED:
-            share, low, high = _JUMBLED[kind]
-            if self._jumbled(share):
-                return self._jumble(low, high)
         return self.expand(self.rng.choice(_lists()[_LISTED[kind]][self.split]))
 
     def expand(self, text: str) -> str:
@@ -114,16 +127,12 @@ class Vocabulary:
 
         def make() -> str:
             words = [
-                self._invented(1, 2) if self.rng.random() < 0.2 else self.rng.choice(_said())
+                self._invented(1, 2) if self.rng.random() < 0.2 else self.rng.choice(_jumbled())
                 for _ in range(self.rng.randint(low, high))
             ]
             return " ".join(words)
 
         return self._own(make)
-
-    def _jumbled(self, share: float) -> bool:
-        """Whether this value is to be a jumble: a `share` of those of training."""
-        return self.split == "train" and self.rng.random() < share
 
     def _name(self, low: int = 1, high: int = 3) -> str:
         return self._own(lambda: self._invented(low, high).capitalize())
@@ -134,9 +143,7 @@ class Vocabulary:
 
     def _city(self) -> str:
         rng, roll = self.rng, self.rng.random()
-        if self._jumbled(0.12):
-            city = self._jumble(2, 2).title()
-        elif roll < 0.45:
+        if roll < 0.45:
             city = rng.choice(_lists()["cities"][self.split])
         elif roll < 0.7:
             city = self._name()
@@ -164,8 +171,6 @@ class Vocabulary:
 
     def _company(self) -> str:
         roll = self.rng.random()
-        if self._jumbled(0.15):
-            return self._jumble(1, 3).title()
         if roll < 0.4:
             return self._cased(self.rng.choice(_lists()["companies"][self.split]))
         if roll < 0.75:
@@ -181,8 +186,6 @@ class Vocabulary:
         return self._own(lambda: self._invented(1, 3))
 
     def _dish(self) -> str:
-        if self._jumbled(0.25):
-            return self._jumble(1, 3)
         if self.rng.random() < 0.5 and (known := _lists()["dishes"][self.split]):
             return self.rng.choice(known)
         form = self.rng.choice(
@@ -191,8 +194,6 @@ class Vocabulary:
         return self.expand(form)
 
     def _topic(self) -> str:
-        if self._jumbled(0.25):
-            return self._jumble(1, 4)
         roll = self.rng.random()
         if roll < 0.5:
             return self.rng.choice(_lists()["topics"][self.split])
@@ -204,8 +205,6 @@ class Vocabulary:
         return self.expand(form)
 
     def _title(self) -> str:
-        if self._jumbled(0.25):
-            return self._cased(self._jumble(1, 4).title())
         if self.rng.random() < 0.5:
             return self._cased(self.rng.choice(_lists()["titles"][self.split]))
         form = self.rng.choice(
@@ -316,6 +315,8 @@ _LISTED = {
 
 _JUMBLED = {
     "item": (0.4, 1, 2), "event": (0.35, 1, 3), "message": (0.5, 1, 6), "task": (0.45, 2, 5), "topping": (0.2, 1, 1),
-    "snippet": (0.3, 2, 6), "status": (0.3, 1, 4), "error": (0.3, 2, 4),
+    "dish": (0.25, 1, 3), "topic": (0.25, 1, 4), "snippet": (0.3, 2, 6), "status": (0.3, 1, 4), "error": (0.3, 2, 4),
+    "city": (0.12, 2, 2), "company": (0.15, 1, 3), "title": (0.25, 1, 4),
 }  # fmt: skip
-"""Listed kinds that training also makes up: how often, and of how many words."""
+"""Kinds that training also makes up of any words: how often, and of how many."""
+_NAMES = {"city", "company", "title"}
