@@ -31,6 +31,7 @@ class Pattern:
         if rest != len(tokens):
             raise ValueError(f"unbalanced parentheses in {line!r}")
         self.slots = frozenset(SLOT.findall(line))
+        self._count = _count(self._tree)  # asked for at every choice
 
     def sample(self, rng: Random) -> str:
         """The text with alternatives chosen, slots still open."""
@@ -38,7 +39,7 @@ class Pattern:
 
     def count(self) -> int:
         """How many choices of alternatives there are."""
-        return _count(self._tree)
+        return self._count
 
 
 _Tree = list[list[Any]]  # alternatives, each a sequence of str and nested _Tree

@@ -1,5 +1,6 @@
 """Tools made up on the spot: one looks something up, or does something to something."""
 
+from functools import cache
 from random import Random
 
 from hybrid.demo.data.grammar import SPLITS, Pattern, all_wordings
@@ -113,7 +114,7 @@ def novel_tool(split: str, rng: Random) -> Tool:
             f"Look up the {spoken}",
             f"{spoken} lookup",
         ]
-        wordings = _insert(_FETCH_WORDINGS, NOUN=spoken)
+        wordings = _wordings(("NOUN", spoken))
         keys, result, answer = (
             [noun, "result", "value"],
             rng.choice(["number", "word", "money", "person"]),
@@ -128,7 +129,7 @@ def novel_tool(split: str, rng: Random) -> Tool:
         root, kind = f"{act} {thing}", rng.choice(["word", "code", "person", "company", "title"])
         names = [form.format(act, thing) for form in _ACT_NAMES]
         about = [f"{act.capitalize()} {a} {thing}.", f"Used to {act} {a} {thing}", f"{act} {thing}"]
-        wordings = _insert(_ACT_WORDINGS, ACT=act, OBJECT=thing)
+        wordings = _wordings(("ACT", act), ("OBJECT", thing))
         keys, result, answer = [], "ok", f"Done: {act} {thing} {{key}}."
     own = _SUBJECTS.get(kind, ["name"])
     parameter = Parameter(["key"], kind, [f"The {own[0]}", f"Name of the {own[0]}", f"Which {own[0]}"], True)
@@ -142,11 +143,13 @@ def _renamed(parameter: Parameter, name: str) -> Parameter:
     return Parameter([parameter.label, name], parameter.kind, parameter.abouts, parameter.required)
 
 
-def _insert(lines: dict[str, str], **words: str) -> dict[str, list[Pattern]]:
-    """Wordings with capitals replaced; their identity for the splits stays that of the line."""
+@cache
+def _wordings(*words: tuple[str, str]) -> dict[str, list[Pattern]]:
+    """Wordings with capitals replaced by words; their identity for the splits stays that of the line."""
+    lines = _FETCH_WORDINGS if words[0][0] == "NOUN" else _ACT_WORDINGS
 
     def inserted(line: str) -> str:
-        for name, word in words.items():
+        for name, word in words:
             line = line.replace(name, word)
         return line
 
