@@ -60,7 +60,7 @@ def train(args: argparse.Namespace) -> None:
 
     cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision("high")
     source = args.tokenizer or ASSETS
     encoder = Encoder(source)
     settings = Settings(args.seed, int(args.tokens), args.batch_tokens, args.muon_rate, args.adam_rate)
