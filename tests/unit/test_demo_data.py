@@ -272,7 +272,7 @@ def test_stories_are_recognised_and_other_texts_are_not() -> None:
 def test_a_told_name_is_asked_for_and_answered() -> None:
     """Also one that was told beside a request; and nobody is told a name that was not."""
     asked = Counter[bool]()
-    for talk in conversations("train", 9, 500):
+    for talk in conversations("train", 9, 600):
         for probe in talk.probes:
             if probe.kind in ("memory", "not told") and probe.wording.startswith("askname"):
                 said = " ".join(

@@ -32,7 +32,7 @@ def _small_talk(talk: Talk) -> None:
     if talk.facts and talk.chance(0.25):
         small_talk.chat(talk, f"ask{talk.rng.choice(list(talk.facts))}")
     elif roll < 0.47:
-        barred = small_talk.ANSWERS if small_talk.expects_answer(talk) else set()
+        barred = small_talk.ANSWERS if small_talk.expects_answer(talk) else frozenset()
         if knowing:
             barred |= {"dontknow"}
         names = [name for name in small_talk.intents() if name not in barred]

@@ -27,7 +27,7 @@ def unknown() -> str:
     return _named("chat.txt", "intent")["dontknow"][0]["reply"][0]
 
 
-ANSWERS = {"ok", "no", "praise", "iamfine", "iamsad"}
+ANSWERS = frozenset({"ok", "no", "praise", "iamfine", "iamsad"})
 """Intents that, right after a question of the model's, would answer it."""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hybrid.demo.trainer.kernels.amx import STEP
-from hybrid.demo.trainer.kernels.gemm import Array, clear, copy, exp_row, jit, max_row, transpose
+from hybrid.demo.trainer.kernels.gemm import Array, clear, copy, exp_row, jit, max_row, rounded_up, transpose
 from hybrid.demo.trainer.kernels.products import Products
 
 BLOCK = 64
@@ -67,7 +67,7 @@ def forward(products: Products) -> Any:
         begin()
         for doc in range(first, last):
             start, length = starts[doc], starts[doc + 1] - starts[doc]
-            padded = (length + STEP - 1) // STEP * STEP
+            padded = rounded_up(length, STEP)
             qs, ks, vs = _rows_of(padded, depth), _rows_of(padded, depth), _rows_of(padded, value)
             block, block_out = np.empty((BLOCK, padded), np.float32), np.empty((BLOCK, value), np.float32)
             for head in range(heads):
@@ -117,7 +117,7 @@ def backward(products: Products) -> Any:
         begin()
         for doc in range(first, last):
             start, length = starts[doc], starts[doc + 1] - starts[doc]
-            padded = (length + STEP - 1) // STEP * STEP
+            padded = rounded_up(length, STEP)
             qs, ks, vs = _rows_of(padded, depth), _rows_of(padded, depth), _rows_of(padded, value)
             do, dqs = _rows_of(padded, value), np.empty((padded, depth), np.float32)
             dkt, dvt = np.empty((depth, padded), np.float32), np.empty((value, padded), np.float32)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrid.demo.trainer.kernels.gemm import Array, clear, copy, exp_row, jit
+from hybrid.demo.trainer.kernels.gemm import Array, clear, copy, exp_row, jit, rounded_up
 from hybrid.demo.trainer.kernels.products import Products
 
 
@@ -27,11 +27,6 @@ def sort_pairs(ids: Array, starts: Array, order: Array) -> None:
     for i in range(flat.size):
         order[cursor[flat[i]]] = i
         cursor[flat[i]] += 1
-
-
-@jit
-def _padded(count: int, step: int) -> int:
-    return (count + step - 1) // step * step
 
 
 @jit
@@ -89,7 +84,7 @@ def forward(products: Products) -> Any:
         """
         width, size = down_t.shape[1], x.shape[1]
         top_k = order.size // x.shape[0]
-        most = _padded(_most(starts, first, last), step)
+        most = rounded_up(_most(starts, first, last), step)
         xs, pre = np.zeros((most, size), np.float32), np.empty((most, 2 * width), np.float32)
         act, sigs = np.zeros((most, width), np.float32), np.empty((most, width), np.float32)
         begin()
@@ -98,7 +93,7 @@ def forward(products: Products) -> Any:
             if low == high:
                 continue
             count, pairs = high - low, order[low:high]
-            padded = _padded(count, step)
+            padded = rounded_up(count, step)
             _gather(x, pairs, top_k, xs)
             multiply(left(xs[:padded]), right_turned(gate_up[e]), pre[:padded], False)
             copy(pre[:count], hidden[low:high])
@@ -128,7 +123,7 @@ def backward(products: Products) -> Any:
         """Gradients of `experts_forward`: dx [parts,T,H] is added to; d_weights [T*k] and the experts' are set."""
         width, size = down_t.shape[1], x.shape[1]
         top_k = order.size // x.shape[0]
-        most = _padded(_most(starts, first, last), step)
+        most = rounded_up(_most(starts, first, last), step)
         xs, dys = np.empty((most, size), np.float32), np.empty((most, size), np.float32)
         act, d_act = np.empty((most, width), np.float32), np.empty((most, width), np.float32)
         d_pre, sigs = np.empty((most, 2 * width), np.float32), np.empty((most, width), np.float32)
@@ -141,7 +136,7 @@ def backward(products: Products) -> Any:
                 clear(d_down_t[e])
                 continue
             count, pairs = high - low, order[low:high]
-            padded = _padded(count, step)
+            padded = rounded_up(count, step)
             _gather(x, pairs, top_k, xs)
             _gather(d_out, pairs, top_k, dys)
             for rest in (xs[count:padded], dys[count:padded]):

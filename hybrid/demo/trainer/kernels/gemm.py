@@ -56,9 +56,15 @@ def gemm(a: Array, b: Array, c: Array, n: int) -> None:
 
 
 @jit
+def rounded_up(n: int, step: int) -> int:
+    """The least multiple of step that is not below n."""
+    return (n + step - 1) // step * step
+
+
+@jit
 def whole_tiles(n: int) -> int:
     """n rounded up to whole tiles of columns."""
-    return (n + COLUMNS - 1) // COLUMNS * COLUMNS
+    return rounded_up(n, COLUMNS)
 
 
 @jit
