@@ -55,6 +55,7 @@ NO_CALL = {
     "repeat",
     "memory",
     "not told",
+    "tools",
     "story",
     "joke",
 }

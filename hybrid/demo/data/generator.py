@@ -6,7 +6,8 @@ from hybrid.demo.data import small_talk, tool_scenes
 from hybrid.demo.data.talk import Conversation, Talk
 
 _INTENT_WEIGHTS = {"dontknow": 4.0, "story": 1.5, "storyanimal": 1.5, "storyname": 1.5, "whoareyou": 2.5, "tellname": 2.0,
-                   "askname": 1.0, "hello": 2.0, "howareyou": 1.5, "whatcanyou": 1.5}  # fmt: skip
+                   "askname": 1.0, "hello": 2.0, "howareyou": 1.5, "whatcanyou": 1.5,
+                   "whichtools": 3.0}  # fmt: skip
 
 
 def conversation(split: str, rng: Random) -> Conversation:

@@ -108,6 +108,34 @@ def loosen(text: str, rng: Random) -> str:
     return tidy(" ".join(kept))
 
 
+_VERBS = frozenset(
+    """get give show tell find look check see know want need wish fetch bring take make put let go have use ask try
+do pull dig work""".split()
+)
+"""Verbs that say nothing of what a tool does, as any tool may be asked for with them."""
+_OTHER_VERBS = """hunt seek obtain grab gather collect acquire draw hand pass offer supply deliver present reveal discover uncover
+locate determine verify confirm examine consult scan browse explore trace arrange manage handle perform execute complete
+finish process prepare produce generate provide submit place lay drop attach include join push press toss carry lift drag
+slide shape craft build form establish initiate launch begin trigger spin knock catch snatch gain win earn receive expect
+demand request require beg crave desire fancy hope long suggest propose attempt aim plan intend decide choose select
+organise figure sort sniff spot track pick nail crack settle secure procure render throw feed pop stick slip shove hit tap
+steer guide serve treat favour grant lend spare yield""".split()
+
+
+def reword(text: str, rng: Random, kept: frozenset[str]) -> str:
+    """A wording with its slots still open, one of its plain verbs, but none of the words `kept`, replaced by another
+    or by a word that is none. A reader must then tell the request by its other words, as with a verb never met."""
+    words = text.split()
+    plain = [i for i, word in enumerate(words) if word in _VERBS and word not in kept]
+    if not plain:
+        return text
+    word = rng.choice(_OTHER_VERBS)
+    if rng.random() < 0.3:
+        word = word[: rng.randint(1, 3)] + rng.choice(_OTHER_VERBS)[-rng.randint(2, 3) :]
+    words[rng.choice(plain)] = word
+    return " ".join(words)
+
+
 _PLACED = re.compile(
     r"""(?P<before> (?:in|for|at|of|over|around|to|on|about|with|named|called|from|by|saying))?:? ?(?P<slot>"?\{[a-z_]+\}"?)(?P<after>[^?.!,:;]*)[?.!]?$"""
 )

@@ -60,7 +60,17 @@ does {key} have (a|any|some) NOUN?
 (take|consider|look at) {key}(:|,|.) (what|which) is (its|the) NOUN?
 (and|now|then|so) the NOUN of {key}?
 (any|some) NOUN (known|there|listed) for {key}?
-(who knows|nobody knows) the NOUN of {key}(?|)""",
+(who knows|nobody knows) the NOUN of {key}(?|)
+(would you mind|any chance of|how about you try|i suggest|what about) (checking|finding|getting|reading out|looking up) the NOUN (of|for) {key}(?|)
+(i was hoping|i hoped|i wanted|i am trying|we tried|it'd be lovely|it would be good) to (get|learn|find|know|see|have) the NOUN (of|for) {key}
+(let us|we should|one should|somebody should|you ought to|you had better|i'd better) (hear|see|check|get|find out) the NOUN (of|for) {key}
+(which|what) NOUN (is listed|is known|do they give|was given|was found) for {key}?
+(which|what) NOUN belongs to {key}?
+(people|they|all|my friends) (ask|wonder|talk|argue) about the NOUN of {key}(.|,) (what is it|tell them|find out)(?|)
+(no idea|not sure|i am not certain) what the NOUN of {key} (is|was|might be)
+(got|found|seen|have you got) the NOUN (of|for) {key}(?|)
+(before i go|for my list|for the report|for a friend|just so i know)(,|:) the NOUN (of|for) {key}
+{key}(,|:) (its|the|which) NOUN(, please|?|)""",
     "dev": """{key} has which NOUN?
 please read me the NOUN of {key}
 what about the NOUN of {key}?""",
@@ -93,7 +103,12 @@ ACT (the|) OBJECT (named|called|with the name) {key}
 (it is about|this is about) (the|) OBJECT {key}(.|:) ACT it
 (the|our|my|that) OBJECT {key}(, please|) (is what|is something|has|needs someone|needs you) to ACT
 (shall|should|could) we ACT (the|) OBJECT {key}?
-(who|somebody) (can|could|should) ACT (the|) OBJECT {key}(?|)""",
+(who|somebody) (can|could|should) ACT (the|) OBJECT {key}(?|)
+(i was hoping you could|i was going to|we planned to|they told me to|someone has to|the boss wants me to|don't forget to) ACT (the|our|) OBJECT {key}
+(you ought to|you had better|better|feel free to|no need to wait,|you are free to|we decided to|nothing left but to) ACT (the|our|) OBJECT {key}
+(it'd be|it would be) (nice|lovely|good|great) (to|if you could|if you would) ACT (the|our|) OBJECT {key}
+(before|when|once|as soon as) (you can|you have time|you are ready|i leave)(,|) ACT (the|our|) OBJECT {key}
+(what if you|how do i|why don't you|any way to|would it hurt to) ACT (the|our|) OBJECT {key}?""",
     "dev": """OBJECT {key}: ACT it
 the OBJECT {key} is one to ACT""",
     "sealed": """it is time to ACT OBJECT {key}

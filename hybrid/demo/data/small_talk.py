@@ -6,7 +6,7 @@ from random import Random
 
 from hybrid.demo.data.grammar import SLOT, Pattern, all_wordings, blocks, fill, slots_of
 from hybrid.demo.data.talk import Talk, spoken
-from hybrid.demo.data.vocabulary import NUMBER_WORDS, split_of
+from hybrid.demo.data.vocabulary import ANIMALS, NUMBER_WORDS, split_of
 
 _Wordings = dict[str, list[Pattern]]
 
@@ -54,9 +54,13 @@ def chat(talk: Talk, name: str) -> None:
         talk.says(text, "story", wording, judge="story")
     else:
         known = {**talk.facts, **values}
+        if talk.declared:
+            known["tools"] = ", ".join(declared.name for declared in talk.declared)
         if "unknown" in block and not set(slots_of(reply)) <= set(known):
             reply = block["unknown"][0]
-        kind = "chat" if "unknown" not in block else "not told" if reply in block["unknown"] else "memory"
+        kind = block.get("kind", ["chat" if "unknown" not in block else "memory"])[0]
+        if reply in block.get("unknown", []):
+            kind = "not told"
         talk.says(fill(reply, known), kind, wording)
     if "then" in block and talk.chance(0.4):
         chat(talk, talk.rng.choice(block["then"][0].split()))
@@ -199,7 +203,7 @@ def story(rng: Random, animal: str | None, name: str) -> str:
     def listed(key: str) -> list[str]:
         return rules[key][0].split(", ")
 
-    hero = animal or rng.choice(listed("animals"))
+    hero = animal or rng.choice(ANIMALS)
     drawn = {
         "animal*": hero,
         "name*": name[:1].upper() + name[1:],
@@ -208,7 +212,7 @@ def story(rng: Random, animal: str | None, name: str) -> str:
         "thing*": rng.choice(listed("things")),
         "seeker*": rng.choice(listed("seekers")),
         "feeling*": rng.choice(listed("feelings")),
-        "other*": rng.choice([a for a in listed("animals") if a != hero]),
+        "other*": rng.choice([a for a in ANIMALS if a != hero]),
         "friend*": rng.choice(
             [n for n in ("Bo", "Mimi", "Rolf", "Tilda", "Pip", "Otto", "Wanda", "Finn") if n != name]
         ),

@@ -8,7 +8,17 @@ from functools import cache
 from random import Random
 from typing import Any
 
-from hybrid.demo.data.grammar import Pattern, blocks, by_split, fill, loosen, move_slot, slots_of, tidy
+from hybrid.demo.data.grammar import (
+    Pattern,
+    blocks,
+    by_split,
+    fill,
+    loosen,
+    move_slot,
+    reword,
+    slots_of,
+    tidy,
+)
 from hybrid.demo.data.toolbox import Declared
 from hybrid.demo.data.vocabulary import Vocabulary
 
@@ -143,17 +153,23 @@ def worded(
     loosely: float = 0.0,
     begins: bool = True,
     open_ended: frozenset[str] = frozenset(),
+    telling: frozenset[str] | None = None,
 ) -> str:
     """The pattern with alternatives chosen, its slots still open.
 
-    While training, with chance `loosely` not quite in the pattern's own words, and with as much its slot moved;
-    `open_ended` slots hold free text, which would run into words put beside it. At the beginning of a sentence its
-    own first letter is mostly a capital.
+    While training, with chance `loosely` not quite in the pattern's own words, with as much its slot moved, and with
+    as much, where it is known which words are `telling`, a verb that is not replaced; `open_ended` slots hold free
+    text, which would run into words put beside it. At the beginning of a sentence its own first letter is mostly a
+    capital.
     """
     free_text = bool(pattern.slots & open_ended)
     text = pattern.sample(talk.rng)
     if talk.split == "train":
-        loose = loosen(text, talk.rng) if talk.chance(loosely) and not free_text else text
+        loose = text
+        if telling is not None and talk.chance(loosely):
+            loose = reword(loose, talk.rng, telling)
+        if talk.chance(loosely) and not free_text:
+            loose = loosen(loose, talk.rng)
         if talk.chance(loosely):
             loose = move_slot(loose, talk.rng, free_text=free_text)
         while _plainly(loose) in _held_out():

@@ -68,7 +68,10 @@ ROOMS = (
 ).replace("+", "_")
 TRANSPORTS = "car train bus bike boat plane taxi ferry tram".split()
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-ANIMALS = "cat dog mouse bear fox horse owl rabbit frog duck wolf lion hedgehog turtle bird fish goat donkey squirrel".split()
+ANIMALS = """cat dog mouse bear fox horse owl rabbit frog duck wolf lion hedgehog turtle bird fish goat donkey squirrel elephant
+dragon unicorn tiger monkey snake bee cow sheep pig penguin whale giraffe crocodile robot wizard knight ghost princess king
+spider snail parrot camel zebra panda kangaroo octopus dolphin shark eagle raven swan beaver badger deer hamster pony
+dinosaur giant witch pirate teddy caterpillar butterfly ladybird lizard koala seal crab raccoon""".split()
 _CLOSED_BELOW = 13
 """Numbers below this are in every split."""
 
@@ -316,7 +319,7 @@ _LISTED = {
 _JUMBLED = {
     "item": (0.4, 1, 2), "event": (0.35, 1, 3), "message": (0.5, 1, 6), "task": (0.45, 2, 5), "topping": (0.2, 1, 1),
     "dish": (0.25, 1, 3), "topic": (0.25, 1, 4), "snippet": (0.3, 2, 6), "status": (0.3, 1, 4), "error": (0.3, 2, 4),
-    "city": (0.12, 2, 2), "company": (0.15, 1, 3), "title": (0.25, 1, 4),
+    "city": (0.12, 2, 2), "company": (0.15, 1, 3), "title": (0.25, 1, 4), "animal": (0.2, 1, 1),
 }  # fmt: skip
 """Kinds that training also makes up of any words: how often, and of how many."""
 _NAMES = {"city", "company", "title"}
