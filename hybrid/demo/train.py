@@ -1,4 +1,5 @@
-"""`python -m hybrid.demo.train DIR`: train the embedded model, from the start or from where DIR stopped.
+"""`python -m hybrid.demo.train DIR`: train the embedded model, from the start or from where DIR stopped; a run that is
+complete goes on with more `--tokens`.
 
 DIR gets checkpoint.pt (everything needed to go on), best.pt (the weights with the best exact match on the
 development split), loss.svg, and, when the run ends, the exported model in DIR/model.
@@ -19,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m hybrid.demo.train", description="Train the embedded model."
     )
     parser.add_argument("directory", type=Path, help="where the run lives; an interrupted run goes on")
-    parser.add_argument("--tokens", type=float, default=50e6, help="tokens to train on (default 50e6)")
+    parser.add_argument("--tokens", type=float, default=50e6, help="tokens in all (default 50e6)")
     parser.add_argument("--batch-tokens", type=int, default=6000, help="tokens a step (default 6000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--muon-rate", type=float, default=5e-3)

@@ -12,16 +12,18 @@ from typing import Any
 
 import pytest
 
+from hybrid.demo.bpe import train_ranks, write_tokenizer
 from hybrid.demo.data import small_talk, tool_scenes
 from hybrid.demo.data.arguments import SCHEMAS, argument
 from hybrid.demo.data.encode import Encoder
 from hybrid.demo.data.generator import conversation
-from hybrid.demo.data.grammar import SPLITS, Pattern, blocks, by_split, move_slot, tidy
+from hybrid.demo.data.grammar import SPLITS, Pattern, all_wordings, blocks, by_split, move_slot, reword, tidy
 from hybrid.demo.data.made_up import novel_tool
 from hybrid.demo.data.talk import Conversation, Talk, spoken
 from hybrid.demo.data.tool_scenes import REFUSAL
 from hybrid.demo.data.toolbox import Tool, declare, written_tools
 from hybrid.demo.data.vocabulary import Vocabulary, split_of
+from hybrid.demo.ranks import DOCUMENTS, RANKS, texts
 from hybrid.synth import ASSETS
 
 FILES = ["chat.txt", "facts.txt", "numbers.txt", "tools.txt", "around.txt"]
@@ -39,6 +41,13 @@ def some() -> list[Conversation]:
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
     return Encoder(ASSETS)
+
+
+@pytest.mark.slow
+def test_the_carried_tokenizer_is_that_of_the_data(tmp_path: Path, encoder: Encoder) -> None:
+    write_tokenizer(tmp_path, train_ranks(texts(encoder, DOCUMENTS), RANKS))
+    for name in ("tiktoken.model", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (ASSETS / name).read_bytes()
 
 
 def fits(value: Any, schema: dict[str, Any]) -> bool:
@@ -151,21 +160,23 @@ def test_same_seed_same_conversations() -> None:
 
 
 def test_a_document_does_not_depend_on_the_process() -> None:
-    """Python's order of sets of strings differs from process to process."""
+    """Python's order of sets of strings differs from process to process, and so does what was written before."""
     program = (
         "from random import Random; from hybrid.demo.data import generator, small_talk, talk;"
-        "print([generator.conversation('train', Random(i)) for i in range(60)]);"
+        "order = range(60)[::{step}];"
+        "some = dict((i, generator.conversation('train', Random(i))) for i in order);"
+        "print([some[i] for i in range(60)]);"
         "some = [talk.Talk('train', Random(i)) for i in range(20)];"
         "print([small_talk.chat(t, 'storyname') or t.messages for t in some])"
     )
     written = [
         subprocess.run(
-            [sys.executable, "-c", program],
+            [sys.executable, "-c", program.format(step=step)],
             capture_output=True,
             check=True,
             env=os.environ | {"PYTHONHASHSEED": seed},
         ).stdout
-        for seed in ("1", "3")
+        for seed, step in (("1", 1), ("3", -1))
     ]
     assert written[0] == written[1] != b""
 
@@ -392,6 +403,17 @@ def raw_lines(block: dict[str, list[str]]) -> list[str]:
     return [line for line in lines if Pattern(line).count() <= 20_000]
 
 
+def said_to(block: dict[str, list[str]], *, of_tool: bool = False) -> set[str]:
+    """All that the block's lines may say as they are, and much of what they say in frames.txt's sentences."""
+    framed = {
+        re.sub(r"\{[a-z_.]+\}", "<x>", p.sample(Random(i)))
+        for p in all_wordings(block, of_tool=of_tool)["train"]
+        for i in range(min(p.count(), 200))
+    }
+    plain = {re.sub("[?!.,:]", "", text.lower()).strip() for text in framed}
+    return plain.union(*(every(line) for line in raw_lines(block)))
+
+
 def test_what_training_says_to_a_request_can_be_known_from_it() -> None:
     """No request is of two intents, or of an intent and of a tool that may be declared meanwhile."""
     said: dict[str, str] = {}
@@ -401,7 +423,7 @@ def test_what_training_says_to_a_request_can_be_known_from_it() -> None:
             if heading not in block or "follows" in block:  # what follows a question is told by that
                 continue
             name = block[heading][0]
-            for text in {text for line in raw_lines(block) for text in every(line)}:
+            for text in said_to(block):
                 if said.setdefault(text, name) != name:
                     doubled.add((said[text], name, text))
     assert {(one, other) for one, other, _ in doubled} <= {("nextday", "next")}, doubled  # a day or a number
@@ -409,8 +431,7 @@ def test_what_training_says_to_a_request_can_be_known_from_it() -> None:
         (said[text], tool["tool"][0].split("/")[0], text)
         for tool in blocks("tools.txt")
         if "tool" in tool
-        for line in raw_lines(tool)
-        for text in every(line)
+        for text in said_to(tool, of_tool=True)
         if text in said
     }
     # small talk leaves these to the tools where they are declared
@@ -449,6 +470,32 @@ def test_a_slot_is_moved_only_where_the_rest_still_says_what_is_wanted() -> None
         "does {key} have a budget?",
     ):
         assert moved(kept) == {kept}
+
+
+def test_a_verb_is_replaced_only_where_the_rest_still_says_what_is_wanted() -> None:
+    text, kept = "can you find the alarm and check {time}", frozenset({"set", "alarm"})
+    said = {reword(text, Random(i), kept) for i in range(300)}
+    assert len(said) > 100
+    for other in said:
+        changed = [(a, b) for a, b in zip(text.split(), other.split(), strict=True) if a != b]
+        assert len(changed) == 1
+        assert changed[0][0] in ("find", "check")
+    assert reword("play {song}", Random(0), frozenset()) == "play {song}"
+    assert reword("show ticket {key}", Random(0), frozenset({"show", "ticket"})) == "show ticket {key}"
+
+
+def test_tools_are_named_where_there_are_some(some: list[Conversation]) -> None:
+    told = Counter[bool]()
+    for talk in some:
+        names = [tool["function"]["name"] for tool in talk.tools or []]
+        for probe in talk.probes:
+            if probe.wording.startswith("whichtools"):
+                said = talk.messages[probe.index]["content"]
+                assert said == (
+                    f"My tools are: {', '.join(names)}." if names else "I have no tools at the moment."
+                )
+                told[bool(names)] += 1
+    assert min(told[True], told[False]) > 3
 
 
 def test_requests_that_end_in_free_text_say_so() -> None:

@@ -340,6 +340,22 @@ def test_resumed_run_equals_uninterrupted_one(
         assert torch.equal(mine, theirs), name
 
 
+def test_a_complete_run_goes_on_with_more_tokens(
+    fields: dict[str, Any], batches: list[Batch], tmp_path: Path
+) -> None:
+    tokens = len(batches[0].tokens)
+    first = small_run(fields, tokens=tokens)
+    first.train(batches[0])
+    assert first.settings.schedule(first.tokens_seen, 1000) == 0
+    first.save(tmp_path / "run.pt")
+    longer = small_run(fields, tokens=4 * tokens)
+    longer.restore(tmp_path / "run.pt")
+    assert longer.settings.schedule(longer.tokens_seen, 1000) == 0.75 / longer.settings.decay_share
+    before = {name: tensor.clone() for name, tensor in longer.model.state_dict().items()}
+    longer.train(batches[1])
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in longer.model.state_dict().items())
+
+
 def test_restore_refuses_other_runs_and_damage(fields: dict[str, Any], tmp_path: Path) -> None:
     run = small_run(fields)
     run.save(tmp_path / "run.pt")

@@ -17,6 +17,9 @@ from hybrid.demo.trainer.native import NativeOps
 from hybrid.demo.trainer.ops import Documents, Ops, TorchOps
 from offload.errors import UsageError
 
+_DAMAGE = (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, UnpicklingError)
+"""What reading a damaged checkpoint may raise."""
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -104,15 +107,16 @@ class Run:
         os.replace(draft, file)
 
     def restore(self, file: Path) -> None:
-        """Go on from a save.
+        """Go on from a save, of a run of any length: the rates are those of this run's from here on.
 
         Raises:
             UsageError: the file is of a run with other settings or another shape, or unreadable.
         """
         try:
             state = torch.load(file, map_location=self.device, weights_only=True)
-            same = state["settings"] == dataclasses.asdict(self.settings) and state["config"] == self.config
-        except (OSError, RuntimeError, EOFError, LookupError, ValueError, UnpicklingError) as error:
+            settings = state["settings"] | {"tokens": self.settings.tokens}
+            same = settings == dataclasses.asdict(self.settings) and state["config"] == self.config
+        except _DAMAGE as error:
             raise UsageError(
                 f"{file}: not a training checkpoint ({error}); delete it to start anew"
             ) from None
