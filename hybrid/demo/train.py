@@ -1,12 +1,12 @@
 """`python -m hybrid.demo.train DIR`: train the embedded model, from the start or from where DIR stopped; a run that is
 complete goes on with more `--tokens`.
 
-DIR gets checkpoint.pt (everything needed to go on), best.pt (the weights with the best exact match on the
-development split), loss.svg, and, when the run ends, the exported model in DIR/model.
+DIR gets checkpoint.pt (everything needed to go on), loss.svg and, when the run ends, the exported model in DIR/model.
 """
 
 import argparse
 import ctypes
+import hashlib
 import os
 import signal
 import sys
@@ -19,32 +19,40 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m hybrid.demo.train", description="Train the embedded model."
     )
-    parser.add_argument("directory", type=Path, help="where the run lives; an interrupted run goes on")
-    parser.add_argument("--tokens", type=float, default=50e6, help="tokens in all (default 50e6)")
-    parser.add_argument("--batch-tokens", type=int, default=6000, help="tokens a step (default 6000)")
+    parser.add_argument("directory", type=Path, help="where the run lives; one that is there goes on")
+    parser.add_argument(
+        "--tokens", type=_count, help="tokens in all (default 50e6, or what the run began with)"
+    )
+    parser.add_argument("--batch-tokens", type=_count, default=6000, help="tokens a step (default 6000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--muon-rate", type=float, default=5e-3)
     parser.add_argument("--adam-rate", type=float, default=3e-3)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
-    parser.add_argument("--workers", type=int, default=1, help="processes that write data (default 1)")
+    parser.add_argument("--threads", type=_count, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--workers", type=_count, default=1, help="processes that write data (default 1)")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer files and chat template (default: our own)")
     parser.add_argument(
-        "--evaluate-every", type=float, default=1e6, help="tokens between evaluations (default 1e6)"
+        "--evaluate-every", type=_count, default=1_000_000, help="tokens between evaluations (default 1e6)"
     )
     parser.add_argument("--save-minutes", type=float, default=5.0, help="between saves (default 5)")
     parser.add_argument(
         "--stop-minutes", type=float, help="save and stop then; the same command goes on later"
     )
     args = parser.parse_args(argv)
-    if min(args.tokens, args.batch_tokens, args.evaluate_every, args.threads, args.workers) < 1:
-        parser.error("--tokens, --batch-tokens, --evaluate-every, --threads and --workers are at least 1")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")  # torch's idle threads would spin on our kernels' cores
     _keep_pages()
     try:
         train(args)
     except HybridError as error:
         sys.exit(f"hybrid.demo.train: {error}")
+
+
+def _count(text: str) -> int:
+    """A whole number from 1 on; "50e6" is one."""
+    number = float(text)
+    if not 1 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: a number, at least 1")
+    return int(number)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -64,15 +72,21 @@ def train(args: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision("high")
     source = args.tokenizer or ASSETS
     encoder = Encoder(source)
-    settings = Settings(args.seed, int(args.tokens), args.batch_tokens, args.muon_rate, args.adam_rate)
+    settings = Settings(
+        seed=args.seed,
+        tokens=args.tokens or Settings().tokens,
+        batch_tokens=args.batch_tokens,
+        muon_rate=args.muon_rate,
+        adam_rate=args.adam_rate,
+        text=_digest(source),
+    )
     fields = config_fields(encoder.tokenizer)
     run = Run(settings, fields, torch.device("cuda" if cuda else "cpu"), None if cuda else args.threads)
     args.directory.mkdir(parents=True, exist_ok=True)
     saved = args.directory / "checkpoint.pt"
-    resumed = saved.exists()
-    if resumed:
-        run.restore(saved)
-        print(f"going on from {run.tokens_seen / 1e6:.2f}M tokens")
+    if saved.exists():
+        run.restore(saved, args.tokens)
+        print(f"going on from {run.tokens_seen / 1e6:.2f}M of {run.settings.tokens / 1e6:.2f}M tokens")
     loop = Loop(
         run,
         args.directory,
@@ -81,8 +95,6 @@ def train(args: argparse.Namespace) -> None:
         save_seconds=60 * args.save_minutes,
         stop_after=None if args.stop_minutes is None else 60 * args.stop_minutes,
     )
-    if not resumed:
-        loop.best_weights.unlink(missing_ok=True)  # of a run that is no more
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.stop())
     with Feed(source, settings.seed, settings.batch_tokens, run.next_document, args.workers) as feed:
@@ -90,10 +102,16 @@ def train(args: argparse.Namespace) -> None:
     if not complete:
         print(f"stopped at {run.tokens_seen / 1e6:.2f}M tokens; the same command goes on")
         return
-    if loop.best_weights.exists():
-        run.model.load_state_dict(torch.load(loop.best_weights, map_location=run.device, weights_only=True))
     out = export(run.model, run.config, source, args.directory / "model")
     print(f"exported to {out}: {sum(f.stat().st_size for f in out.iterdir()) / 2**20:.2f} MiB")
+
+
+def _digest(directory: Path) -> str:
+    """Of what turns conversations into tokens: a run that went on with another would unlearn all it knows."""
+    digest = hashlib.sha256()
+    for name in ("tiktoken.model", "tokenizer_config.json", "chat_template.jinja"):
+        digest.update((directory / name).read_bytes())
+    return digest.hexdigest()
 
 
 def _keep_pages() -> None:

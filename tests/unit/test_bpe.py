@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import hybrid
 from hybrid.demo.bpe import train_ranks, write_tokenizer
 from hybrid.demo.data.encode import Encoder
-from hybrid.demo.ranks import texts
+from hybrid.demo.ranks import DOCUMENTS, RANKS, texts
 from hybrid.tokenizer import RESERVED, Tokenizer
 
 ASSETS = Path(hybrid.__file__).parent / "assets"
@@ -59,6 +59,12 @@ def test_the_carried_files_are_written_from_their_ranks(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, carried_ranks())
     for name in ("tiktoken.model", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == (ASSETS / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_carried_ranks_are_those_of_the_data() -> None:
+    """If not: `python -m hybrid.demo.ranks hybrid/assets`, and a model trained anew."""
+    assert train_ranks(texts(Encoder(ASSETS), DOCUMENTS), RANKS) == carried_ranks()
 
 
 def test_the_carried_tokenizer_loads_and_round_trips() -> None:

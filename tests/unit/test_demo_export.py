@@ -1,6 +1,7 @@
 """From a trained module to files and back: what is exported is what the engine runs, and the examination of it."""
 
 import json
+import shutil
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -110,7 +111,9 @@ def test_a_story_is_judged_by_its_animal_and_name() -> None:
         assert evaluate._hero_of(text) == "owl Anna Maria"
 
 
-@pytest.mark.parametrize("option", [["--tokens", "0"], ["--batch-tokens", "0"], ["--evaluate-every", "0.5"]])
+@pytest.mark.parametrize(
+    "option", [["--tokens", "0"], ["--batch-tokens", "0"], ["--evaluate-every", "0.5"], ["--tokens", "inf"]]
+)
 def test_training_refuses_nonsense(
     option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,7 +133,9 @@ def test_the_examination_says_what_is_wrong_with_a_model(tmp_path: Path) -> None
         evaluate.main([str(tmp_path)])
 
 
-def test_one_command_trains_goes_on_and_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_command_trains_goes_on_and_exports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("hybrid.demo.shape.SIZES", SMALL)
     monkeypatch.setattr(
         "hybrid.demo.trainer.matching.cases", lambda encoder, split, _: cases(encoder, split, 3)
@@ -149,11 +154,32 @@ def test_one_command_trains_goes_on_and_exports(tmp_path: Path, monkeypatch: pyt
     train.main([*command, "--stop-minutes", "0"])
     assert (tmp_path / "checkpoint.pt").is_file()
     assert not (tmp_path / "model").exists()
-    (tmp_path / "checkpoint.pt").rename(tmp_path / "elsewhere.pt")
-    (tmp_path / "best.pt").write_bytes(b"of another run")
-    train.main([*command, "--stop-minutes", "0"])
-    assert not (tmp_path / "best.pt").exists()
-    (tmp_path / "elsewhere.pt").rename(tmp_path / "checkpoint.pt")
+    del command[1:3]  # goes on as long as it was begun with
     train.main(command)
     with Engine.load(tmp_path / "model", "cpu", threads=2) as engine:
-        assert engine.logits([1, 2, 3]).isfinite().all()
+        first = engine.logits([1, 2, 3])
+    assert first.isfinite().all()
+    capsys.readouterr()
+    train.main([*command, "--tokens", "5e3"])
+    assert "of 0.01M tokens" in capsys.readouterr().out
+    with Engine.load(tmp_path / "model", "cpu", threads=2) as engine:
+        assert not engine.logits([1, 2, 3]).equal(first)
+
+
+def test_a_run_refuses_another_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybrid.demo.shape.SIZES", SMALL)
+    monkeypatch.setattr(
+        "hybrid.demo.trainer.matching.cases", lambda encoder, split, _: cases(encoder, split, 1)
+    )
+    other = tmp_path / "other"
+    shutil.copytree(ASSETS, other)
+    ranks = (other / "tiktoken.model").read_text().splitlines()
+    ranks[-1], ranks[-2] = (
+        f"{ranks[-2].split()[0]} {len(ranks) - 1}",
+        f"{ranks[-1].split()[0]} {len(ranks) - 2}",
+    )
+    (other / "tiktoken.model").write_text("\n".join(ranks) + "\n")
+    command = [str(tmp_path / "run"), "--batch-tokens", "800", "--device", "cpu", "--stop-minutes", "0"]
+    train.main(command)
+    with pytest.raises(SystemExit, match="other settings"):
+        train.main([*command, "--tokenizer", str(other)])

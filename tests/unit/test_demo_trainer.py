@@ -348,8 +348,10 @@ def test_a_complete_run_goes_on_with_more_tokens(
     first.train(batches[0])
     assert first.settings.schedule(first.tokens_seen, 1000) == 0
     first.save(tmp_path / "run.pt")
-    longer = small_run(fields, tokens=4 * tokens)
-    longer.restore(tmp_path / "run.pt")
+    same, longer = small_run(fields), small_run(fields)
+    same.restore(tmp_path / "run.pt")
+    assert same.settings.tokens == tokens
+    longer.restore(tmp_path / "run.pt", 4 * tokens)
     assert longer.settings.schedule(longer.tokens_seen, 1000) == 0.75 / longer.settings.decay_share
     before = {name: tensor.clone() for name, tensor in longer.model.state_dict().items()}
     longer.train(batches[1])

@@ -122,11 +122,11 @@ organise figure sort sniff spot track pick nail crack settle secure procure rend
 steer guide serve treat favour grant lend spare yield""".split()
 
 
-def reword(text: str, rng: Random, kept: frozenset[str]) -> str:
-    """A wording with its slots still open, one of its plain verbs, but none of the words `kept`, replaced by another
-    or by a word that is none. A reader must then tell the request by its other words, as with a verb never met."""
+def reword(text: str, rng: Random, telling: frozenset[str]) -> str:
+    """A wording with its slots still open, one of its plain verbs, but none of the words `telling`, replaced by another
+    or by a word that is none. A reader has to go by the other words then, as where a verb was never met."""
     words = text.split()
-    plain = [i for i, word in enumerate(words) if word in _VERBS and word not in kept]
+    plain = [i for i, word in enumerate(words) if word in _VERBS and word not in telling]
     if not plain:
         return text
     word = rng.choice(_OTHER_VERBS)

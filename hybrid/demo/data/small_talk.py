@@ -58,9 +58,8 @@ def chat(talk: Talk, name: str) -> None:
             known["tools"] = ", ".join(declared.name for declared in talk.declared)
         if "unknown" in block and not set(slots_of(reply)) <= set(known):
             reply = block["unknown"][0]
-        kind = block.get("kind", ["chat" if "unknown" not in block else "memory"])[0]
-        if reply in block.get("unknown", []):
-            kind = "not told"
+        kind = "chat" if "unknown" not in block else "not told" if reply in block["unknown"] else "memory"
+        kind = block.get("kind", [kind])[0]
         talk.says(fill(reply, known), kind, wording)
     if "then" in block and talk.chance(0.4):
         chat(talk, talk.rng.choice(block["then"][0].split()))

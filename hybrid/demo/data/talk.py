@@ -157,24 +157,22 @@ def worded(
 ) -> str:
     """The pattern with alternatives chosen, its slots still open.
 
-    While training, with chance `loosely` not quite in the pattern's own words, with as much its slot moved, and with
-    as much, where it is known which words are `telling`, a verb that is not replaced; `open_ended` slots hold free
-    text, which would run into words put beside it. At the beginning of a sentence its own first letter is mostly a
-    capital.
+    While training, with chance `loosely` each, one of its verbs is replaced (if it is known which of its words are
+    `telling`, and by none of those), it is not quite in the pattern's own words, and its slot is moved; `open_ended`
+    slots hold free text, which would run into words put beside it. At the beginning of a sentence its own first
+    letter is mostly a capital.
     """
     free_text = bool(pattern.slots & open_ended)
     text = pattern.sample(talk.rng)
     if talk.split == "train":
-        loose = text
         if telling is not None and talk.chance(loosely):
-            loose = reword(loose, talk.rng, telling)
+            text = reword(text, talk.rng, telling)
         if talk.chance(loosely) and not free_text:
-            loose = loosen(loose, talk.rng)
+            text = loosen(text, talk.rng)
         if talk.chance(loosely):
-            loose = move_slot(loose, talk.rng, free_text=free_text)
-        while _plainly(loose) in _held_out():
-            loose = pattern.sample(talk.rng)
-        text = loose
+            text = move_slot(text, talk.rng, free_text=free_text)
+        while _plainly(text) in _held_out():
+            text = pattern.sample(talk.rng)
     if talk.chance(0.6):
         text = _carefully(text)
     if begins and talk.chance(0.75):

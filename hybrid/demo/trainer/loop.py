@@ -1,10 +1,8 @@
 """The training loop around `Run`: progress, evaluation on the development split, saves, the picture."""
 
-import os
 import time
 from pathlib import Path
 
-import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hybrid.demo.trainer.feed import Feed
@@ -38,14 +36,8 @@ class Loop:
     ) -> None:
         self._run, self._directory, self._examined = run, directory, examined
         self._evaluate_every, self._save_seconds, self._stop_after = evaluate_every, save_seconds, stop_after
-        self._best = max((entry.get("exact", 0.0) for entry in run.history), default=0.0)
         self._notes: list[dict[str, float]] = []
         self._stopping = False
-
-    @property
-    def best_weights(self) -> Path:
-        """The weights that did best on the development split."""
-        return self._directory / "best.pt"
 
     def stop(self) -> None:
         """Save and stop after the step that runs; for signal handlers."""
@@ -91,15 +83,10 @@ class Loop:
             self._notes.clear()
 
     def _evaluate(self, seen: dict[str, float]) -> str:
-        """Measure exact match, keep the weights if they are the best so far. -> what to print."""
+        """Measure exact match. -> what to print."""
         tally, loss, loads = evaluate(self._run.model, self._examined)
         exact, spread = tally.mean(), float((loads.amax(1) / loads.mean(1)).amax())
         self._run.history.append({**seen, "exact": exact, "held_out": loss})
-        if exact > self._best:
-            self._best = exact
-            draft = self.best_weights.with_suffix(".part")
-            torch.save(self._run.model.state_dict(), draft)
-            os.replace(draft, self.best_weights)
         kinds = "  ".join(f"{kind} {hits / trials:.0%}" for kind, (hits, trials) in tally.kinds().items())
         dead = int((loads == 0).sum())
         return (

@@ -23,7 +23,8 @@ _DAMAGE = (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What decides the outcome of a run, besides the data generator's code."""
+    """What decides the outcome of a run, besides the data generator's code. `text`: a digest of the tokenizer's and
+    the chat template's files."""
 
     seed: int = 0
     tokens: int = 50_000_000
@@ -34,6 +35,7 @@ class Settings:
     decay_share: float = 0.8
     balance_rate: float = 0.01
     qk_clip: float = 100.0
+    text: str = ""
 
     def schedule(self, tokens_seen: int, step: int) -> float:
         """Factor on every rate: linear warm-up, constant, linear to nought over the last `decay_share`."""
@@ -106,22 +108,27 @@ class Run:
             os.fsync(out.fileno())
         os.replace(draft, file)
 
-    def restore(self, file: Path) -> None:
-        """Go on from a save, of a run of any length: the rates are those of this run's from here on.
+    def restore(self, file: Path, tokens: int | None = None) -> None:
+        """Go on from a save.
+
+        Args:
+            tokens: a length other than the save's; the rates are those of a run of this length from here on.
 
         Raises:
             UsageError: the file is of a run with other settings or another shape, or unreadable.
         """
         try:
             state = torch.load(file, map_location=self.device, weights_only=True)
-            settings = state["settings"] | {"tokens": self.settings.tokens}
-            same = settings == dataclasses.asdict(self.settings) and state["config"] == self.config
+            length = state["settings"]["tokens"]
+            mine = dataclasses.asdict(self.settings) | {"tokens": length}
+            same = mine == state["settings"] and state["config"] == self.config
         except _DAMAGE as error:
             raise UsageError(
                 f"{file}: not a training checkpoint ({error}); delete it to start anew"
             ) from None
         if not same:
             raise UsageError(f"{file}: a run with other settings; use its settings, or another directory")
+        self.settings = dataclasses.replace(self.settings, tokens=length if tokens is None else tokens)
         self.model.load_state_dict(state["model"])
         self.muon.load_state_dict(state["muon"])
         self.adam.load_state_dict(state["adam"])
