@@ -167,8 +167,11 @@ def test_compiled_operations_match_torch(fields: dict[str, Any], batches: list[B
 
 
 @tiles_wanted
-def test_operations_on_tiles_match_torch_within_bfloat16(encoder: Encoder, batches: list[Batch]) -> None:
-    """Sizes that tiles take; documents that end within a tile and a block, and experts with few tokens or none."""
+def test_operations_on_tiles_match_torch_within_bfloat16(encoder: Encoder) -> None:
+    """Sizes that tiles take; documents that end within a tile and a block, and experts with tokens and without.
+
+    Few experts are wanted, so that their scores are seldom so close that rounding decides.
+    """
     fields = config_fields(encoder.tokenizer, {"num_hidden_layers": 3})
     config = ModelConfig.from_dict(fields)
     torch.manual_seed(1)
@@ -177,7 +180,9 @@ def test_operations_on_tiles_match_torch_within_bfloat16(encoder: Encoder, batch
         DemoModel(config, NativeOps(2)),
         DemoModel(config, NativeOps(2, exact=True)),
     ]
-    tokens = torch.cat([b.tokens for b in batches])[:197]
+    for moe in models[0].moe_layers():
+        moe.bias[torch.randperm(len(moe.bias))[:16]] = 10.0
+    tokens = torch.randint(config.vocab_size, (197,))
     docs = Documents.of(torch.tensor([37, 1, 90, 64, 5]), CPU)
     hidden, gradients = [], []
     for model in models:
@@ -189,7 +194,8 @@ def test_operations_on_tiles_match_torch_within_bfloat16(encoder: Encoder, batch
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     plain, tiles, exact = ((h - hidden[0]).norm() / hidden[0].norm() for h in hidden)
     assert plain == 0
-    assert exact < 1e-4 < tiles < 0.05  # routing of close scores may differ
+    assert exact < 1e-5 < tiles < 0.05
+    assert ((hidden[1] - hidden[0]).norm(dim=1) / hidden[0].norm(dim=1)).median() < 5e-3  # routed alike
     for name in ("layers.0.self_attn.q_b_proj", "layers.2.mlp.gate_up", "layers.2.mlp.down_t"):
         wanted, got = gradients[0][name], gradients[1][name]
         assert (got - wanted).norm() / wanted.norm() < 0.1, name
