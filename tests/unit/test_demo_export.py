@@ -133,13 +133,17 @@ def test_the_examination_says_what_is_wrong_with_a_model(tmp_path: Path) -> None
         evaluate.main([str(tmp_path)])
 
 
-def test_one_command_trains_goes_on_and_exports(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the trainer train a small model and examine it little."""
     monkeypatch.setattr("hybrid.demo.shape.SIZES", SMALL)
     monkeypatch.setattr(
         "hybrid.demo.trainer.matching.cases", lambda encoder, split, _: cases(encoder, split, 3)
     )
+
+
+@pytest.mark.usefixtures("small")
+def test_one_command_trains_goes_on_and_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [
         str(tmp_path),
         "--tokens",
@@ -166,11 +170,8 @@ def test_one_command_trains_goes_on_and_exports(
         assert not engine.logits([1, 2, 3]).equal(first)
 
 
-def test_a_run_refuses_another_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hybrid.demo.shape.SIZES", SMALL)
-    monkeypatch.setattr(
-        "hybrid.demo.trainer.matching.cases", lambda encoder, split, _: cases(encoder, split, 1)
-    )
+@pytest.mark.usefixtures("small")
+def test_a_run_refuses_another_tokenizer(tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(ASSETS, other)
     ranks = (other / "tiktoken.model").read_text().splitlines()
