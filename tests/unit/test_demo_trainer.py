@@ -361,7 +361,7 @@ def test_a_complete_run_goes_on_with_more_tokens(
     same.restore(tmp_path / "run.pt")
     assert same.settings.tokens == tokens
     longer.restore(tmp_path / "run.pt", 4 * tokens)
-    assert longer.settings.schedule(longer.tokens_seen, 1000) == 0.75 / longer.settings.decay_share
+    assert longer.settings.schedule(longer.tokens_seen, 1000) == 0.75**longer.settings.decay_power
     before = {name: tensor.clone() for name, tensor in longer.model.state_dict().items()}
     longer.train(batches[1])
     assert any(not torch.equal(tensor, before[name]) for name, tensor in longer.model.state_dict().items())
@@ -381,12 +381,13 @@ def test_restore_refuses_other_runs_and_damage(fields: dict[str, Any], tmp_path:
         run.restore(tmp_path / "run.pt")
 
 
-def test_schedule_warms_up_holds_and_ends_at_nought() -> None:
-    settings = Settings(tokens=300, warmup_steps=10, decay_share=1 / 3)
+def test_schedule_warms_up_and_falls_to_nought() -> None:
+    settings = Settings(tokens=400, warmup_steps=10, decay_power=1.5)
     assert settings.schedule(0, 0) == pytest.approx(0.1)
-    assert settings.schedule(100, 50) == 1.0
-    assert settings.schedule(250, 90) == pytest.approx(0.5)
-    assert settings.schedule(300, 99) == 0.0
+    assert settings.schedule(0, 9) == 1.0
+    assert settings.schedule(300, 90) == pytest.approx(0.125)
+    assert settings.schedule(400, 99) == 0.0
+    assert settings.schedule(500, 120) == 0.0
 
 
 def test_feed_goes_on_from_any_document(encoder: Encoder) -> None:

@@ -32,15 +32,18 @@ class Settings:
     muon_rate: float = 5e-3
     adam_rate: float = 3e-3
     warmup_steps: int = 60
-    decay_share: float = 0.8
+    decay_power: float = 1.5
     balance_rate: float = 0.01
     qk_clip: float = 100.0
     text: str = ""
 
     def schedule(self, tokens_seen: int, step: int) -> float:
-        """Factor on every rate: linear warm-up, constant, linear to nought over the last `decay_share`."""
+        """Factor on every rate: linear warm-up, then the share of the run that is left to the power `decay_power`.
+
+        More than 1, since at a high rate this model soon stops getting better (bench/NOTES.md).
+        """
         left = max(1 - tokens_seen / self.tokens, 0.0)
-        return min((step + 1) / self.warmup_steps, left / self.decay_share, 1.0)
+        return min((step + 1) / self.warmup_steps, left**self.decay_power)
 
 
 @dataclass
