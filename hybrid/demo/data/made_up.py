@@ -70,7 +70,74 @@ does {key} have (a|any|some) NOUN?
 (no idea|not sure|i am not certain) what the NOUN of {key} (is|was|might be)
 (got|found|seen|have you got) the NOUN (of|for) {key}(?|)
 (before i go|for my list|for the report|for a friend|just so i know)(,|:) the NOUN (of|for) {key}
-{key}(,|:) (its|the|which) NOUN(, please|?|)""",
+{key}(,|:) (its|the|which) NOUN(, please|?|)
+{key} NOUN(?| pls| please|)
+{key}: NOUN(?|)
+{key} - NOUN (wanted|needed)
+{key} ... the NOUN?
+{key}, NOUN only (please|)
+{key}? (just|only) the NOUN (please|)
+{key}: i (need|want|am after) the NOUN
+for {key}, (state|name|give) the NOUN
+{key} - can you (tell|give) me the NOUN?
+{key} is the one whose NOUN i (need|want|ask for)
+for {key}, i (only|just) (need|want) the NOUN
+{key}: it is the NOUN i (need|am after)
+{key}: NOUN unknown, please (find out|check)
+when it comes to {key}, (tell|give) me the NOUN
+{key}'s NOUN, (pls|if possible|when you can)
+{key}: what do we have down as the NOUN?
+{key} - which NOUN, (please|if i may ask)?
+{key}, NOUN = ?
+i know of {key} but not the NOUN, (please tell me|so tell me|so help me out)
+(need|want) NOUN(,|:) {key}
+NOUN {key} (pls|please|)
+NOUN? (for|i mean for) {key}
+need {key} NOUN (now|today|asap)
+NOUN (lookup|query|check): {key}
+pls find NOUN, {key}
+NOUN wanted(:| for) {key}
+(just|only) the NOUN of {key}
+quick (question|check): {key}'s NOUN(?|)
+forgot NOUN for {key}, (pls remind me|remind me)
+what (might|would|could) the NOUN of {key} be?
+is it known (what|which) NOUN {key} has?
+do we have {key}'s NOUN on (file|record)?
+is there a way to (find out|know) the NOUN of {key}?
+may i (know|find out) the NOUN of {key}?
+can {key}'s NOUN be (looked up|found out)?
+what do they (give|name|state) as the NOUN of {key}?
+do you happen to know {key}'s NOUN?
+nobody (told|has told) me the NOUN (of|for) {key}
+i (forgot|can't remember|can't recall) the NOUN of {key}
+we (will|are going to) need the NOUN (of|for) {key}
+i can't (decide|go on|finish) before i know {key}'s NOUN
+my (notes|papers|files) don't (mention|show) {key}'s NOUN
+all (i still need|that's missing) for {key} is the NOUN
+i keep forgetting {key}'s NOUN
+let me know {key}'s NOUN (please|when you can|)
+run a (check|query) for the NOUN of {key}
+look {key} up and (give|tell) me the NOUN
+remind me (what|which) NOUN {key} has
+from (what|all) you have on {key}, pick out the NOUN
+fill me in on {key}'s NOUN
+the NOUN of {key} (should|must|ought to) be (looked up|found out)
+it is time to (find|look up) the NOUN of {key}
+(required|wanted|requested): the NOUN (of|for) {key}
+my (boss|mother|friend) (wants|needs) to know the NOUN of {key}
+(they|some people) asked me for {key}'s NOUN
+a (customer|colleague) wants to be told {key}'s NOUN
+would it be all right to (ask|ask you) for the NOUN of {key}?
+if you don't mind, (tell me|look up|find) {key}'s NOUN
+i was told you could (find|look up|tell me) the NOUN of {key}
+be so (kind|good) as to (tell me|look up) {key}'s NOUN
+what i (need|want) to know is the NOUN of {key}
+the NOUN, please, (of|for) {key}
+the one i need the NOUN (of|for) is {key}
+the NOUN {key} has, (that's what i need|i'd like to know)
+if you (know|can find) the NOUN of {key}, tell me
+unknown to me: the NOUN of {key}
+it's {key}'s NOUN (that|) i (want|need)""",
     "dev": """{key} has which NOUN?
 please read me the NOUN of {key}
 what about the NOUN of {key}?""",
@@ -104,11 +171,76 @@ ACT (the|) OBJECT (named|called|with the name) {key}
 (the|our|my|that) OBJECT {key}(, please|) (is what|is something|has|needs someone|needs you) to ACT
 (shall|should|could) we ACT (the|) OBJECT {key}?
 (who|somebody) (can|could|should) ACT (the|) OBJECT {key}(?|)
-(i was hoping you could|i was going to|we planned to|they told me to|someone has to|the boss wants me to|don't forget to) ACT (the|our|) OBJECT {key}
-(you ought to|you had better|better|feel free to|no need to wait,|you are free to|we decided to|nothing left but to) ACT (the|our|) OBJECT {key}
+(i was hoping you could|they told me to|i am told to|someone has to|the boss wants me to|don't forget to) ACT (the|our|) OBJECT {key}
+(you ought to|you had better|better|feel free to|no need to wait,|you are free to|nothing left but to) ACT (the|our|) OBJECT {key}
 (it'd be|it would be) (nice|lovely|good|great) (to|if you could|if you would) ACT (the|our|) OBJECT {key}
 (before|when|once|as soon as) (you can|you have time|you are ready|i leave)(,|) ACT (the|our|) OBJECT {key}
-(what if you|how do i|why don't you|any way to|would it hurt to) ACT (the|our|) OBJECT {key}?""",
+(what if you|why don't you|any way to|would it hurt to) ACT (the|our|) OBJECT {key}?
+{key}: ACT (this|that|the) OBJECT (please|)
+{key} is the OBJECT to ACT
+{key} is the OBJECT i (want|need|would like) you to ACT
+{key} - (could|can|would) you ACT that OBJECT?
+{key}, that OBJECT: ACT (now|please|at once)
+{key} OBJECT - ACT (please|)
+{key}, OBJECT, ACT (pls|now)
+{key} - ACT OBJECT
+{key}: OBJECT to ACT (today|now|at once)
+{key}? (please|yes,|just) ACT that OBJECT
+{key} is next, (so|please) ACT that OBJECT
+{key} it is: ACT (that|the) OBJECT
+{key} - (if you don't mind|when you can|if possible), ACT that OBJECT
+let {key} be the OBJECT you ACT (next|now|)
+with {key}, do (this|one thing): ACT the OBJECT
+as for {key}, (please|just|go and) ACT that OBJECT
+OBJECT {key}: ACT (pls|please|now|)
+to ACT: OBJECT {key}
+ACT {key} OBJECT (pls|now|please)
+need to ACT OBJECT {key} (now|today|asap)
+ACT (this one|the following): OBJECT {key}
+(now|next|then|first) ACT (the|) OBJECT {key}
+ACT OBJECT {key} (for me|right away|at once)
+OBJECT to ACT(:| -|,) {key}
+(job for you|next job for you|your next step): ACT OBJECT {key}
+is it possible (for you|) to ACT (the|our) OBJECT {key}?
+are you able to ACT (the|our|) OBJECT {key}?
+which OBJECT (to ACT|should you ACT)? {key}
+may i ask you to ACT (the|) OBJECT {key}?
+have you got (time|a moment|a minute) to ACT OBJECT {key}?
+why not ACT OBJECT {key} (now|right away|today)?
+i can't ACT OBJECT {key} myself, so (please do|you must)
+nobody else will ACT OBJECT {key}, so you (must|should|have to)
+someone forgot to ACT OBJECT {key}, (please do so|so please do)
+(there is|there's) still OBJECT {key} to ACT
+as i am (busy|away|in a hurry), you ACT (the|) OBJECT {key}
+make sure (you|to) ACT (the|our) OBJECT {key}
+do me a favour(,| and) ACT OBJECT {key}
+let's ACT OBJECT {key}, (please|shall we?)
+i (ask|order|urge) you to ACT OBJECT {key}
+(try|be sure|take care) to ACT (the|) OBJECT {key}
+see to it that you ACT (our|) OBJECT {key}
+just ACT OBJECT {key}, (will you?|that's all|nothing more)
+it is (necessary|important|required) to ACT OBJECT {key}
+your (job|next step|order) is to ACT OBJECT {key}
+it (is up|falls) to you to ACT OBJECT {key}
+my (boss|sister|neighbour) (wants|asks) you to ACT OBJECT {key}
+the others are waiting for you to ACT (the|) OBJECT {key}
+a colleague asks whether you (can|could) ACT OBJECT {key}
+ACT {key}, (i mean|that is,|meaning) the OBJECT
+ACT just one OBJECT(:|,) {key}
+ACT OBJECT {key} and no other
+would it be (all right|okay) to ACT (the|our) OBJECT {key}?
+if (you don't mind|it's no trouble|you would), ACT OBJECT {key}
+i was told you (could|can) ACT OBJECT {key}
+perhaps you (could|might) ACT OBJECT {key}(?|)
+be so (kind|good) as to ACT OBJECT {key}
+i (wonder|was wondering) whether you could ACT OBJECT {key}
+i'd be (glad|grateful) if you would ACT OBJECT {key}
+sorry to (bother|trouble) you, but please ACT OBJECT {key}
+the one i want you to ACT is OBJECT {key}
+the OBJECT (to ACT|you should ACT|i want you to ACT) is {key}
+all you (need|have) to do is ACT OBJECT {key}
+one OBJECT (is left|remains) to ACT: {key}
+it's OBJECT {key} (that|) you (should|must) ACT""",
     "dev": """OBJECT {key}: ACT it
 the OBJECT {key} is one to ACT""",
     "sealed": """it is time to ACT OBJECT {key}
