@@ -48,17 +48,17 @@ def _small_talk(talk: Talk) -> None:
 def _with_tools(talk: Talk) -> None:
     rng = talk.rng
     tool_scenes.declare_some(talk, rng.choice([1, 1, 1, 1, 2, 2, 3, 4]), weather=talk.chance(0.3))
-    turns = rng.choice([2, 3, 4, 5, 6, 7])
+    turns = rng.choice([3, 4, 5, 6, 7, 8])
     for turn in range(turns):
         last = turn == turns - 1
         roll = rng.random()
         if roll < 0.37:
             tool_scenes.single(talk, rng.choice(talk.declared), answered=not last or talk.chance(0.8))
-        elif roll < 0.55:
+        elif roll < 0.58:
             tool_scenes.parallel(talk, answered=not last or talk.chance(0.7))
-        elif roll < 0.73:
+        elif roll < 0.76:
             tool_scenes.undeclared(talk)
-        elif roll < 0.77:
+        elif roll < 0.8:
             able = [d for d in talk.declared if tool_scenes.can_be_incomplete(d)]
             if able:
                 tool_scenes.incomplete(talk, rng.choice(able))

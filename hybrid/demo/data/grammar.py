@@ -5,6 +5,7 @@ slots still open is what the splits call a wording.
 """
 
 import re
+from copy import copy
 from functools import cache
 from importlib import resources
 from random import Random
@@ -32,10 +33,20 @@ class Pattern:
             raise ValueError(f"unbalanced parentheses in {line!r}")
         self.slots = frozenset(SLOT.findall(line))
         self._count = _count(self._tree)  # asked for at every choice
+        self._words: dict[str, str] = {}
+
+    def saying(self, words: dict[str, str]) -> "Pattern":
+        """The same wording with `words` in the place of others ("NOUN", "ACT")."""
+        other = copy(self)
+        other._words = words
+        return other
 
     def sample(self, rng: Random) -> str:
         """The text with alternatives chosen, slots still open."""
-        return tidy(_choose(self._tree, rng))
+        text = _choose(self._tree, rng)
+        for name, word in self._words.items():
+            text = text.replace(name, word)
+        return tidy(text)
 
     def count(self) -> int:
         """How many choices of alternatives there are."""
@@ -116,9 +127,9 @@ do pull dig work""".split()
 _OTHER_VERBS = """hunt seek obtain grab gather collect acquire draw hand pass offer supply deliver present reveal discover uncover
 locate determine verify confirm examine consult scan browse explore trace arrange manage handle perform execute complete
 finish process prepare produce generate provide submit place lay drop attach include join push press toss carry lift drag
-slide shape craft build form establish initiate launch begin trigger spin knock catch snatch gain win earn receive expect
+slide shape craft build form establish initiate begin trigger spin knock catch snatch gain win earn receive expect
 demand request require beg crave desire fancy hope long suggest propose attempt aim plan intend decide choose select
-organise figure sort sniff spot track pick nail crack settle secure procure render throw feed pop stick slip shove hit tap
+organise figure sniff spot pick nail crack settle secure procure render throw feed pop stick slip shove hit tap
 steer guide serve treat favour grant lend spare yield""".split()
 
 
