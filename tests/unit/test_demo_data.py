@@ -24,7 +24,7 @@ from hybrid.demo.data.toolbox import Tool, declare, written_tools
 from hybrid.demo.data.vocabulary import Vocabulary, split_of
 from hybrid.synth import ASSETS
 
-FILES = ["chat.txt", "facts.txt", "numbers.txt", "tools.txt", "around.txt"]
+FILES = ["chat.txt", "facts.txt", "numbers.txt", "tools.txt", "made_up.txt", "around.txt"]
 
 
 def conversations(split: str, seed: int, count: int) -> list[Conversation]:

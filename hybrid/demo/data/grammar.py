@@ -48,6 +48,12 @@ class Pattern:
             text = text.replace(name, word)
         return tidy(text)
 
+    def unsaid(self, text: str) -> str:
+        """A text of this wording with the words it was given taken out again."""
+        for name, word in self._words.items():
+            text = text.replace(word, name)
+        return text
+
     def count(self) -> int:
         """How many choices of alternatives there are."""
         return self._count

@@ -171,7 +171,7 @@ def worded(
             text = loosen(text, talk.rng)
         if talk.chance(loosely):
             text = move_slot(text, talk.rng, free_text=free_text)
-        while _plainly(text) in _held_out():
+        while _plainly(pattern.unsaid(text)) in _held_out():
             text = pattern.sample(talk.rng)
     if talk.chance(0.6):
         text = _carefully(text)
@@ -207,7 +207,7 @@ def _plainly(text: str) -> str:
 def _held_out() -> frozenset[str]:
     """Wordings of the other splits, which training must not come upon by chance."""
     found = set()
-    for file in ("chat.txt", "facts.txt", "numbers.txt", "tools.txt"):
+    for file in ("chat.txt", "facts.txt", "numbers.txt", "tools.txt", "made_up.txt"):
         for block in blocks(file):
             for split, patterns in by_split(block).items():
                 if split != "train":
