@@ -35,7 +35,13 @@ def _said() -> list[str]:
     """Every lower-case word that the data files have for training."""
     files = (file.name for file in (resources.files(__package__) / "text").iterdir())
     found = (b for name in files if name.endswith(".txt") for b in blocks(name))
-    said = (line for block in found for heading, lines in block.items() if heading not in SPLITS[1:] for line in lines)
+    said = (
+        line
+        for block in found
+        for heading, lines in block.items()
+        if heading not in SPLITS[1:]
+        for line in lines
+    )
     return sorted({word for line in said for word in re.findall(r"\b[a-z]{3,}\b", line)})
 
 
