@@ -16,7 +16,17 @@ from hybrid.demo.data import small_talk, tool_scenes
 from hybrid.demo.data.arguments import SCHEMAS, argument
 from hybrid.demo.data.encode import Encoder
 from hybrid.demo.data.generator import conversation
-from hybrid.demo.data.grammar import SPLITS, Pattern, all_wordings, blocks, by_split, move_slot, reword, tidy
+from hybrid.demo.data.grammar import (
+    SPLITS,
+    Pattern,
+    all_wordings,
+    blocks,
+    by_split,
+    move_slot,
+    plainly,
+    reword,
+    tidy,
+)
 from hybrid.demo.data.made_up import novel_tool
 from hybrid.demo.data.talk import Conversation, Talk, spoken, worded
 from hybrid.demo.data.tool_scenes import REFUSAL
@@ -90,11 +100,32 @@ def test_framed_wordings_keep_to_their_split() -> None:
             asked = {
                 spoken(talk, p, {slot: f"{{{slot}}}" for slot in p.slots})
                 for p in tool.wordings[split]
-                for _ in range(min(p.count(), 2000))
+                for _ in range(min(p.count(), 200))
             }
-            said[split] = {re.sub("[?!.,:]", "", text.lower()) for text in asked}
+            said[split] = {plainly(text) for text in asked}
         assert said["train"]
         assert said["train"].isdisjoint(said["dev"] | said["sealed"]), tool.key
+
+
+@pytest.mark.parametrize("split", ["dev", "sealed"])
+def test_a_held_out_wording_that_training_comes_upon_is_not_said(split: str) -> None:
+    talk = Talk("train", Random(0))
+    for tool in written_tools():
+        for pattern in tool.wordings[split]:
+            either = Pattern(f"({pattern.sample(Random(0))}|another)")
+            assert {plainly(worded(talk, either)) for _ in range(10)} == {"another"}
+
+
+def test_a_phrase_is_said_within_every_frame() -> None:
+    phrase, frames = Pattern("(see|hear) {x}"), Pattern("(please|) {} now|can you {}?|{}")
+    within = phrase.within(frames)
+    verbs = ("see {x}", "hear {x}")
+    said = {f for v in verbs for f in (f"please {v} now", f"{v} now", f"can you {v}?", v)}
+    assert {within.sample(Random(i)) for i in range(400)} == said
+    assert within.count() == 8
+    assert within.slots == {"x"}
+    assert within.line == phrase.line
+    assert within.saying({"see": "smell"}).sample(Random(0)).replace("smell", "see") in said
 
 
 @pytest.mark.parametrize("tool", written_tools(), ids=lambda tool: tool.key)
@@ -386,7 +417,7 @@ def every(line: str) -> set[str]:
         return found
 
     plain = re.sub(r"\{[a-z_.]+\}", "<x>", line)
-    return {re.sub("[?!.,:]", "", tidy(text).lower()).strip() for text in expand(Pattern(plain)._tree)}
+    return {plainly(tidy(text)) for text in expand(Pattern(plain)._tree)}
 
 
 def raw_lines(block: dict[str, list[str]]) -> list[str]:
@@ -401,7 +432,7 @@ def said_to(block: dict[str, list[str]], *, of_tool: bool = False) -> set[str]:
         for p in all_wordings(block, of_tool=of_tool)["train"]
         for i in range(min(p.count(), 200))
     }
-    plain = {re.sub("[?!.,:]", "", text.lower()).strip() for text in framed}
+    plain = {plainly(text) for text in framed}
     return plain.union(*(every(line) for line in raw_lines(block)))
 
 

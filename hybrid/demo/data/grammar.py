@@ -18,8 +18,12 @@ _FRAMES = {"do": ["do"], "want": ["want"], "thing": ["want", "ask"]}
 _CLAUSE = re.compile(r"\(?(how|what|which|if|whether|whom?|where|why|when|regarding|as for)\b")
 """Begins a phrase that one can ask about but not want: "how cold it is"."""
 
-_TOKEN = re.compile(r"[(|)]|[^(|)]+")
+_TOKEN = re.compile(r"[(|)]|\{\}|(?:(?!\{\})[^(|)])+")
 SLOT = re.compile(r"\{([a-z_.*]+)\}")
+
+_Tree = list[list[Any]]  # alternatives, each a sequence of str and nested _Tree
+_HOLE: _Tree = [[]]
+"""Stands in a pattern where "{}" does: for the phrase that is said within it."""
 
 
 class Pattern:
@@ -32,8 +36,16 @@ class Pattern:
         if rest != len(tokens):
             raise ValueError(f"unbalanced parentheses in {line!r}")
         self.slots = frozenset(SLOT.findall(line))
+        self._phrase = _HOLE
         self._count = _count(self._tree)  # asked for at every choice
         self._words: dict[str, str] = {}
+
+    def within(self, frames: "Pattern") -> "Pattern":
+        """The same line as a phrase of longer sentences, `frames`, each of which has one "{}" for it."""
+        other = copy(self)
+        other._tree, other._phrase = frames._tree, self._tree
+        other._count = frames._count * self._count
+        return other
 
     def saying(self, words: dict[str, str]) -> "Pattern":
         """The same wording with `words` in the place of others ("NOUN", "ACT")."""
@@ -43,7 +55,7 @@ class Pattern:
 
     def sample(self, rng: Random) -> str:
         """The text with alternatives chosen, slots still open."""
-        text = _choose(self._tree, rng)
+        text = _choose(self._tree, rng, self._phrase)
         for name, word in self._words.items():
             text = text.replace(name, word)
         return tidy(text)
@@ -59,9 +71,6 @@ class Pattern:
         return self._count
 
 
-_Tree = list[list[Any]]  # alternatives, each a sequence of str and nested _Tree
-
-
 def _parse(tokens: list[str], at: int) -> tuple[_Tree, int]:
     tree: _Tree = [[]]
     while at < len(tokens) and tokens[at] != ")":
@@ -71,14 +80,17 @@ def _parse(tokens: list[str], at: int) -> tuple[_Tree, int]:
         elif tokens[at] == "|":
             tree.append([])
         else:
-            tree[-1].append(tokens[at])
+            tree[-1].append(_HOLE if tokens[at] == "{}" else tokens[at])
         at += 1
     return tree, at
 
 
-def _choose(tree: _Tree, rng: Random) -> str:
+def _choose(tree: _Tree, rng: Random, phrase: _Tree) -> str:
     parts = tree[0] if len(tree) == 1 else tree[int(rng.random() * len(tree))]
-    return "".join(part if isinstance(part, str) else _choose(part, rng) for part in parts)
+    return "".join(
+        part if isinstance(part, str) else _choose(phrase if part is _HOLE else part, rng, phrase)
+        for part in parts
+    )
 
 
 def _count(tree: _Tree) -> int:
@@ -94,6 +106,11 @@ def _count(tree: _Tree) -> int:
 def tidy(text: str) -> str:
     """Without the gaps that empty alternatives leave."""
     return re.sub(r" ([?.,!:])", r"\1", re.sub(r" +", " ", text)).strip()
+
+
+def plainly(text: str) -> str:
+    """A wording as two are compared: without case and punctuation, which people leave out."""
+    return re.sub(r"[?!.,:]", "", text.lower()).strip()
 
 
 _SMALL_WORDS = """a an the please can could would will do does did you i me my we us it its it's is are was be been there
@@ -244,19 +261,14 @@ def all_wordings(
         taken = [*headings, *(f"{heading}_tool" for heading in headings if of_tool)]
         for phrase in block.get(kind, []):
             fitting = [h for h in taken if h != "want" or not _CLAUSE.match(phrase)]
-            found["train"].append(_framed(phrase, _frames(*fitting, whole=last_slot(phrase) in open_ended)))
+            frames = _frames(*fitting, whole=last_slot(phrase) in open_ended)
+            found["train"].append(Pattern(phrase).within(frames))
     return found
 
 
 @cache
-def _frames(*headings: str, whole: bool) -> str:
-    """Alternatives of a pattern; `whole`: only sentences that end with the phrase, written "{}" in them."""
+def _frames(*headings: str, whole: bool) -> Pattern:
+    """The sentences under these headings, "{}" for the phrase; `whole`: only those that end with it."""
     lines = [line for block in blocks("frames.txt") for h in headings for line in block.get(h, [])]
     lines = [line.replace("{do}", "{}").replace("{thing}", "{}") for line in lines]
-    return "|".join(line for line in lines if not whole or line.endswith("{}"))
-
-
-def _framed(phrase: str, frames: str) -> Pattern:
-    pattern = Pattern("(" + frames.replace("{}", f"({phrase})") + ")")
-    pattern.line = phrase
-    return pattern
+    return Pattern("|".join(line for line in lines if not whole or line.endswith("{}")))

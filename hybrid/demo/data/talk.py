@@ -15,6 +15,7 @@ from hybrid.demo.data.grammar import (
     fill,
     loosen,
     move_slot,
+    plainly,
     reword,
     slots_of,
     tidy,
@@ -171,7 +172,7 @@ def worded(
             text = loosen(text, talk.rng)
         if talk.chance(loosely):
             text = move_slot(text, talk.rng, free_text=free_text)
-        while _plainly(pattern.unsaid(text)) in _held_out():
+        while plainly(pattern.unsaid(text)) in _held_out():
             text = pattern.sample(talk.rng)
     if talk.chance(0.6):
         text = _carefully(text)
@@ -198,11 +199,6 @@ def _carefully(text: str) -> str:
     return re.sub(r"(?<=[.?!] )[a-z]", lambda letter: letter[0].upper(), text)
 
 
-def _plainly(text: str) -> str:
-    """A wording without what people leave out."""
-    return re.sub(r"[?!.,:]", "", text.lower()).strip()
-
-
 @cache
 def _held_out() -> frozenset[str]:
     """Wordings of the other splits, which training must not come upon by chance."""
@@ -212,6 +208,6 @@ def _held_out() -> frozenset[str]:
             for split, patterns in by_split(block).items():
                 if split != "train":
                     found |= {
-                        _plainly(p.sample(Random(i))) for p in patterns for i in range(min(p.count(), 50))
+                        plainly(p.sample(Random(i))) for p in patterns for i in range(min(p.count(), 50))
                     }
     return frozenset(found)

@@ -1,6 +1,5 @@
 """Scenes with tools: single calls, parallel calls, missing arguments, undeclared tools, answers to results."""
 
-import re
 from typing import Any, NamedTuple
 
 from hybrid.demo.data import small_talk
@@ -80,8 +79,7 @@ def request(talk: Talk, target: Declared, *, listed: int = 1, begins: bool = Tru
         texts[first.label] = ", ".join(names[:-1]) + joint + names[-1]
         calls = [{**calls[0], first.label: value.json} for value in more]
     free = target.tool.open_ended
-    telling = frozenset(re.split("[_ ]", target.tool.root))
-    said = worded(talk, pattern, loosely=0.13, begins=begins, open_ended=free, telling=telling)
+    said = worded(talk, pattern, loosely=0.13, begins=begins, open_ended=free, telling=target.tool.telling)
     return Request(fill(said, texts), calls, pattern.line, last_slot(said.rstrip("?.! ")) in free)
 
 

@@ -4,6 +4,7 @@ Names, descriptions, parameter names and the order of everything vary from decla
 request's slots mean is kept by the parameter's first name, its label.
 """
 
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from random import Random
@@ -56,6 +57,11 @@ class Tool:
     def root(self) -> str:
         """What it is about: two tools of one root answer to the same requests."""
         return self.novel_root or self.key
+
+    @property
+    def telling(self) -> frozenset[str]:
+        """The words of its root, which a request must keep to be known as its."""
+        return frozenset(re.split("[_ ]", self.root))
 
     @property
     def open_ended(self) -> frozenset[str]:
