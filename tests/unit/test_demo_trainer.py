@@ -167,6 +167,26 @@ def test_compiled_operations_match_torch(fields: dict[str, Any], batches: list[B
         assert error < 2e-5, name
 
 
+def test_hidden_states_of_some_rows_are_those_of_all(fields: dict[str, Any]) -> None:
+    """And so are the gradients and what was observed, loads at all rows."""
+    docs = Documents.of(torch.tensor([37, 1, 60]), CPU)
+    tokens, rows = torch.arange(98) % 90, torch.tensor([0, 5, 36, 37, 40, 96])
+    for model in two_models(fields):
+        whole, seen_whole = model.hidden_states(tokens, docs)
+        some, seen_some = model.hidden_states(tokens, docs, rows)
+        torch.testing.assert_close(some, whole[rows], rtol=1e-5, atol=1e-6)
+        assert torch.equal(seen_some.loads, seen_whole.loads)
+        assert torch.equal(seen_some.peaks, seen_whole.peaks)
+        whole[rows].sin().sum().backward()
+        wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        some.sin().sum().backward()
+        got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert got.keys() == wanted.keys()
+        for name, gradient in got.items():
+            torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
 @tiles_wanted
 def test_operations_on_tiles_match_torch_within_bfloat16(encoder: Encoder) -> None:
     """Sizes that tiles take; documents that end within a tile and a block, experts with many tokens, few and none.

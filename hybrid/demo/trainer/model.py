@@ -85,10 +85,12 @@ class Moe(nn.Module):
         self.down_t = nn.Parameter(torch.randn(experts, width, config.hidden_size) * gain * width**-0.5)
         self.shared = Mlp(config.hidden_size, width * config.n_shared_experts, gain)
 
-    def forward(self, x: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
-        """x [T,H] -> [T,H] and the tokens of each expert [E]."""
+    def forward(self, x: Tensor, ops: Ops, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [T,H] -> [T,H], or what is at `rows` of it, and the tokens of each expert [E], whatever the rows."""
         ids, weights = ops.route(F.linear(x, self.gate), self.bias, self.top_k, self.factor)
         load = torch.bincount(ids.flatten(), minlength=len(self.gate))
+        if rows is not None:
+            x, ids, weights = x[rows], ids[rows], weights[rows]
         return ops.experts(x, ids, weights, self.gate_up, self.down_t) + self.shared(x), load
 
 
@@ -135,24 +137,29 @@ class DemoModel(nn.Module):
     def moe_layers(self) -> list[Moe]:
         return [layer.mlp for layer in self.decoder_layers() if isinstance(layer.mlp, Moe)]
 
-    def hidden_states(self, token_ids: Tensor, docs: Documents) -> tuple[Tensor, Observed]:
-        """token_ids int64 [T] of whole documents -> normed hidden states [T,H]."""
+    def hidden_states(
+        self, token_ids: Tensor, docs: Documents, rows: Tensor | None = None
+    ) -> tuple[Tensor, Observed]:
+        """token_ids int64 [T] of whole documents -> normed hidden states [T,H], or those at `rows` alone, which
+        spares the last layer the others' experts."""
         rope, ops = self.rope(docs.longest), self.ops
         x = F.embedding(token_ids, self.embed_tokens)
         peaks, loads = [], []
-        for layer in self.decoder_layers():
+        *_, last = layers = self.decoder_layers()
+        for layer in layers:
             attended, peak = layer.self_attn(
                 ops.rms_norm(x, layer.input_layernorm, layer.eps), docs, rope, ops
             )
             x = x + attended
             normed = ops.rms_norm(x, layer.post_attention_layernorm, layer.eps)
             peaks.append(peak)
+            wanted = rows if layer is last else None  # which has experts: the dense layers are the first
             if isinstance(layer.mlp, Moe):
-                out, load = layer.mlp(normed, ops)
+                out, load = layer.mlp(normed, ops, wanted)
                 loads.append(load)
             else:
                 out = layer.mlp(normed)
-            x = x + out
+            x = (x if wanted is None else x[wanted]) + out
         seen = Observed(torch.stack(peaks), torch.stack(loads))
         return ops.rms_norm(x, self.norm, self.config.rms_norm_eps), seen
 
@@ -162,6 +169,6 @@ class DemoModel(nn.Module):
 
     def loss(self, token_ids: Tensor, targets: Tensor, docs: Documents) -> tuple[Tensor, Observed]:
         """Mean cross entropy over the positions whose `targets` [T] are not negative."""
-        hidden, seen = self.hidden_states(token_ids, docs)
         scored = (targets >= 0).nonzero().squeeze(1)
-        return F.cross_entropy(F.linear(hidden[scored], self.lm_head), targets[scored]), seen
+        hidden, seen = self.hidden_states(token_ids, docs, scored)
+        return F.cross_entropy(F.linear(hidden, self.lm_head), targets[scored]), seen
