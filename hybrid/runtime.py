@@ -160,13 +160,23 @@ def _check_options(options: RuntimeConfig) -> None:
         raise UsageError(f"context is {options.context}; use 2 tokens or more")
 
 
-def _device(name: str, files: ModelFiles) -> torch.device:
-    """The GPU where there is one that everything but the routed experts fits on."""
-    if name == "cuda" and not torch.cuda.is_available():
+def wants_gpu(device: str) -> bool:
+    """Whether "auto", "cpu" or "cuda" means a GPU on this machine.
+
+    Raises:
+        UsageError: "cuda", and there is none.
+    """
+    found = torch.cuda.is_available()
+    if device == "cuda" and not found:
         raise UsageError(
             "device is 'cuda' and torch finds no CUDA GPU; use --device cpu, or install torch's CUDA build"
         )
-    if name == "cpu" or not torch.cuda.is_available():
+    return found and device != "cpu"
+
+
+def _device(name: str, files: ModelFiles) -> torch.device:
+    """The GPU where there is one that everything but the routed experts fits on."""
+    if not wants_gpu(name):
         return torch.device("cpu")
     free, _ = torch.cuda.mem_get_info()
     needed = _device_bytes(files)

@@ -1,4 +1,4 @@
-"""`python -m hybrid.demo.evaluate DIR`: examine an exported model on the sealed split, through the engine.
+"""`python -m hybrid.demo.evaluate [DIR]`: examine an exported model on the sealed split, through the engine.
 
 Turns are matched by teacher forcing (hybrid.demo.trainer.matching says why that is exact); the weather prompts,
 stories and jokes are really generated, greedily, and parsed as a client would get them.
@@ -7,7 +7,6 @@ stories and jokes are really generated, greedily, and parsed as a client would g
 import argparse
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hybrid.default_model import DIRECTORY
 from hybrid.demo.data import small_talk, tool_scenes
 from hybrid.demo.data.arguments import argument
 from hybrid.demo.data.encode import Encoder
@@ -70,7 +70,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m hybrid.demo.evaluate", description="Examine the embedded model."
     )
-    parser.add_argument("directory", type=Path, help="an exported model")
+    parser.add_argument(
+        "directory",
+        type=Path,
+        nargs="?",
+        default=DIRECTORY,
+        help="an exported model (default: the one that comes with hybrid)",
+    )
     parser.add_argument("--conversations", type=int, default=800, help="sealed conversations (default 800)")
     parser.add_argument(
         "--weather", type=int, default=10, help="prompts for each weather wording (default 10)"
@@ -84,16 +90,18 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with Engine.load(args.directory, device="cpu", threads=args.threads) as engine:
             figures = examine(engine, args.directory, args.split, args.conversations, args.weather)
-    except HybridError as error:
-        sys.exit(f"hybrid.demo.evaluate: {error}")
-    if args.json is not None:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(figures, indent=2))
+        print(json.dumps(figures, indent=2))
+        if args.json is not None:
+            args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    except (HybridError, OSError) as error:
+        parser.exit(getattr(error, "exit_code", 1), f"{parser.prog}: {error}\n")
 
 
 def examine(engine: Engine, directory: Path, split: str, conversations: int, weather: int) -> dict[str, Any]:
     """Every figure, as a JSON object."""
     encoder = Encoder(directory)
+    model = DemoModel(config_of(directory), TorchOps())
+    read_back(directory, model)
     some = [
         Case.of(encoder, conversation(split, Random(f"examination {split} {i}")))
         for i in range(conversations)
@@ -101,9 +109,6 @@ def examine(engine: Engine, directory: Path, split: str, conversations: int, wea
     some += [Case.of(encoder, sums) for sums in _sums(split)]
     likely = {id(case): _argmax(engine, case) for case in some}
     tally = exact_matches(some, lambda case: likely[id(case)])
-    config = config_of(directory)
-    model = DemoModel(config, TorchOps())
-    read_back(directory, model)
     loss, loads, reference = survey(model, some)
     same = [np.mean(likely[id(case)] == other) for case, other in zip(some, reference, strict=True)]
     positions = [len(case.encoded.tokens) for case in some]

@@ -5,7 +5,7 @@
 wrote hybrid/assets' tiktoken.model and tokenizer_config.json.
 """
 
-import sys
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,4 +35,12 @@ def texts(encoder: Encoder, documents: int) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    write_tokenizer(Path(sys.argv[1]), train_ranks(texts(Encoder(ASSETS), DOCUMENTS), RANKS))
+    parser = argparse.ArgumentParser(prog="python -m hybrid.demo.ranks", description="Make the tokenizer.")
+    parser.add_argument(
+        "directory", type=Path, help="where its files go; the model is to be trained anew then"
+    )
+    directory = parser.parse_args().directory
+    try:
+        write_tokenizer(directory, train_ranks(texts(Encoder(ASSETS), DOCUMENTS), RANKS))
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")

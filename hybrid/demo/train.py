@@ -6,13 +6,26 @@ DIR gets checkpoint.pt (everything needed to go on), loss.svg and, when the run 
 
 import argparse
 import ctypes
+import fcntl
 import hashlib
 import os
 import signal
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from offload.errors import HybridError
+import torch
+
+from hybrid.demo.data.encode import Encoder
+from hybrid.demo.export import export
+from hybrid.demo.shape import config_fields
+from hybrid.demo.trainer.feed import Feed
+from hybrid.demo.trainer.loop import Loop
+from hybrid.demo.trainer.matching import cases
+from hybrid.demo.trainer.state import Run, Settings
+from hybrid.runtime import wants_gpu
+from hybrid.synth import ASSETS
+from offload.errors import HybridError, UsageError
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,26 +38,26 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--batch-tokens", type=_count, default=6000, help="tokens a step (default 6000)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--muon-rate", type=float, default=5e-3)
-    parser.add_argument("--adam-rate", type=float, default=3e-3)
+    parser.add_argument("--muon-rate", type=_amount, default=5e-3)
+    parser.add_argument("--adam-rate", type=_amount, default=3e-3)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--threads", type=_count, default=2, help="CPU threads (default 2)")
     parser.add_argument("--workers", type=_count, default=1, help="processes that write data (default 1)")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer files and chat template (default: our own)")
     parser.add_argument(
         "--evaluate-every", type=_count, default=1_000_000, help="tokens between evaluations (default 1e6)"
     )
-    parser.add_argument("--save-minutes", type=float, default=5.0, help="between saves (default 5)")
+    parser.add_argument("--save-minutes", type=_amount, default=5.0, help="between saves (default 5)")
     parser.add_argument(
-        "--stop-minutes", type=float, help="save and stop then; the same command goes on later"
+        "--stop-minutes", type=_amount, help="save and stop then; the same command goes on later"
     )
     args = parser.parse_args(argv)
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")  # torch's idle threads would spin on our kernels' cores
     _keep_pages()
     try:
-        train(args)
-    except HybridError as error:
-        sys.exit(f"hybrid.demo.train: {error}")
+        args.directory.mkdir(parents=True, exist_ok=True)
+        with _alone(args.directory):
+            train(args)
+    except (HybridError, OSError) as error:
+        parser.exit(getattr(error, "exit_code", 1), f"{parser.prog}: {error}\n")
 
 
 def _count(text: str) -> int:
@@ -55,38 +68,57 @@ def _count(text: str) -> int:
     return int(number)
 
 
+def _amount(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: a number, at least 0")
+    return number
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Two trainers would write over each other's checkpoint."""
+    held = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{directory}: another trainer is at work there") from None
+        yield
+    finally:
+        os.close(held)
+
+
 def train(args: argparse.Namespace) -> None:
-    import torch
-
-    from hybrid.demo.data.encode import Encoder
-    from hybrid.demo.export import export
-    from hybrid.demo.shape import config_fields
-    from hybrid.demo.trainer.feed import Feed
-    from hybrid.demo.trainer.loop import Loop
-    from hybrid.demo.trainer.matching import cases
-    from hybrid.demo.trainer.state import Run, Settings
-    from hybrid.synth import ASSETS
-
-    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    cuda = wants_gpu(args.device)
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")
-    source = args.tokenizer or ASSETS
-    encoder = Encoder(source)
+    encoder = Encoder(ASSETS)
     settings = Settings(
         seed=args.seed,
         tokens=args.tokens or Settings().tokens,
         batch_tokens=args.batch_tokens,
         muon_rate=args.muon_rate,
         adam_rate=args.adam_rate,
-        text=_digest(source),
+        text=_digest(ASSETS),
     )
     fields = config_fields(encoder.tokenizer)
     run = Run(settings, fields, torch.device("cuda" if cuda else "cpu"), None if cuda else args.threads)
-    args.directory.mkdir(parents=True, exist_ok=True)
     saved = args.directory / "checkpoint.pt"
     if saved.exists():
         run.restore(saved, args.tokens)
         print(f"going on from {run.tokens_seen / 1e6:.2f}M of {run.settings.tokens / 1e6:.2f}M tokens")
+    if not run.complete:
+        _go_on(run, encoder, args)
+    if not run.complete:
+        print(f"stopped at {run.tokens_seen / 1e6:.2f}M tokens; the same command goes on")
+        return
+    out = export(run.model, run.config, ASSETS, args.directory / "model")
+    print(f"exported to {out}: {sum(f.stat().st_size for f in out.iterdir()) / 2**20:.2f} MiB")
+
+
+def _go_on(run: Run, encoder: Encoder, args: argparse.Namespace) -> None:
+    """Train until the run is complete, its time is up or a signal asks to stop."""
     loop = Loop(
         run,
         args.directory,
@@ -95,15 +127,16 @@ def train(args: argparse.Namespace) -> None:
         save_seconds=60 * args.save_minutes,
         stop_after=None if args.stop_minutes is None else 60 * args.stop_minutes,
     )
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: loop.stop())
-    with Feed(source, settings.seed, settings.batch_tokens, run.next_document, args.workers) as feed:
-        complete = loop.train(feed)
-    if not complete:
-        print(f"stopped at {run.tokens_seen / 1e6:.2f}M tokens; the same command goes on")
-        return
-    out = export(run.model, run.config, source, args.directory / "model")
-    print(f"exported to {out}: {sum(f.stat().st_size for f in out.iterdir()) / 2**20:.2f} MiB")
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: loop.stop()) for number in signals]
+    try:
+        with Feed(
+            ASSETS, run.settings.seed, run.settings.batch_tokens, run.next_document, args.workers
+        ) as feed:
+            loop.train(feed)
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _digest(directory: Path) -> str:

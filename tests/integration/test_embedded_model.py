@@ -85,8 +85,10 @@ def test_the_package_carries_it(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
-    held = {name.removeprefix("hybrid/demo/kimi-k2-demo/") for name in zipfile.ZipFile(wheel).namelist()}
-    assert {f.name for f in DIRECTORY.iterdir()} <= held
+    held = set(zipfile.ZipFile(wheel).namelist())
+    carried = [*DIRECTORY.iterdir(), *(ROOT / "hybrid" / "demo" / "data" / "text").iterdir()]
+    assert len(carried) > 12
+    assert {str(file.relative_to(ROOT)) for file in carried} <= held
 
 
 def examined(encoder: Encoder, count: int) -> list[Case]:

@@ -33,6 +33,7 @@ from hybrid.demo.data.tool_scenes import REFUSAL
 from hybrid.demo.data.toolbox import Tool, declare, written_tools
 from hybrid.demo.data.vocabulary import Vocabulary, split_of
 from hybrid.synth import ASSETS
+from tests.reference.turns import prompt_of, reply_of
 
 FILES = ["chat.txt", "facts.txt", "numbers.txt", "tools.txt", "made_up.txt", "around.txt"]
 
@@ -117,15 +118,33 @@ def test_a_held_out_wording_that_training_comes_upon_is_not_said(split: str) -> 
 
 
 def test_a_phrase_is_said_within_every_frame() -> None:
-    phrase, frames = Pattern("(see|hear) {x}"), Pattern("(please|) {} now|can you {}?|{}")
-    within = phrase.within(frames)
-    verbs = ("see {x}", "hear {x}")
-    said = {f for v in verbs for f in (f"please {v} now", f"{v} now", f"can you {v}?", v)}
-    assert {within.sample(Random(i)) for i in range(400)} == said
-    assert within.count() == 8
-    assert within.slots == {"x"}
-    assert within.line == phrase.line
-    assert within.saying({"see": "smell"}).sample(Random(0)).replace("smell", "see") in said
+    phrase = Pattern("(see|hear) {x}")
+    within = phrase.within(Pattern("(please|) {} now|can you {}?|{}"))
+    for pattern, verbs in ((within, ("see", "hear")), (within.saying({"see": "smell"}), ("smell", "hear"))):
+        phrases = [f"{verb} {{x}}" for verb in verbs]
+        wanted = {said for p in phrases for said in (f"please {p} now", f"{p} now", f"can you {p}?", p)}
+        assert {pattern.sample(Random(i)) for i in range(400)} == wanted
+        assert pattern.count() == 8
+        assert pattern.slots == {"x"}
+        assert pattern.line == phrase.line
+
+
+def test_every_frame_has_one_place_for_a_phrase() -> None:
+    lines = [line for block in blocks("frames.txt") for frames in block.values() for line in frames]
+    assert len(lines) > 200
+    for line in lines:
+        assert len(re.findall(r"\{(do|thing)\}", line)) == 1, line
+        assert re.search(r"\{(do|thing)\}", re.sub(r"\([^()]*\)", "", line)), line  # outside of alternatives
+
+
+def test_temperatures_are_told_with_one_decimal_at_most() -> None:
+    numbers = Counter[int]()
+    for i in range(3000):
+        talk = Talk("train", Random(i), declared=[declare(written_tools()[0], Random(i))])
+        tool_scenes.single(talk, talk.declared[0], answered=True)
+        for decimals in re.findall(r"-?\d+\.(\d+)", str(talk.messages[2:4])):
+            numbers[len(decimals)] += 1
+    assert set(numbers) == {1}, numbers
 
 
 @pytest.mark.parametrize("tool", written_tools(), ids=lambda tool: tool.key)
@@ -266,12 +285,13 @@ def test_all_kinds_occur_in_all_splits() -> None:
 
 def test_sums_are_right_and_all_small_ones_occur() -> None:
     found = set()
-    for i in range(6000):
+    for i in range(20_000):
         talk = Talk("train", Random(i))
-        small_talk.numbers(talk, "add")
-        a, _, b, _, c = talk.messages[1]["content"].split()
-        assert int(a) + int(b) == int(c)
-        found.add((int(a), int(b)))
+        small_talk.numbers(talk)
+        if talk.probes[0].wording.startswith("add: "):
+            a, _, b, _, c = talk.messages[1]["content"].split()
+            assert int(a) + int(b) == int(c)
+            found.add((int(a), int(b)))
     assert {(a, b) for a in range(11) for b in range(11)} <= found
 
 
@@ -373,7 +393,7 @@ def test_marked_tokens_are_the_assistants(encoder: Encoder, some: list[Conversat
         encoded = encoder.encode(talk)
         wanted = 0
         for probe in talk.probes:
-            prompt, reply = encoder.prompt(talk, probe.index), encoder.reply(talk, probe.index)
+            prompt, reply = prompt_of(encoder, talk, probe.index), reply_of(encoder, talk, probe.index)
             span = slice(len(prompt), len(prompt) + len(reply))
             assert encoded.tokens[span].tolist() == reply
             assert encoded.produced[span].all()

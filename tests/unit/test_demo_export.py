@@ -1,7 +1,14 @@
 """From a trained module to files and back: what is exported is what the engine runs, and the examination of it."""
 
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -43,10 +50,10 @@ def test_the_engine_runs_what_was_exported(exported: tuple[DemoModel, Path]) -> 
     with Engine.load(directory, "cpu", threads=2) as engine:
         got = engine.logits(ids.tolist())
     with torch.no_grad():
-        untouched = model.logits(ids, Documents.of(torch.tensor([60]), torch.device("cpu")))
+        untouched, _ = model.logits(ids, Documents.of(torch.tensor([60]), torch.device("cpu")))
         back = DemoModel(model.config, TorchOps())
         read_back(directory, back)
-        wanted = back.logits(ids, Documents.of(torch.tensor([60]), torch.device("cpu")))
+        wanted, _ = back.logits(ids, Documents.of(torch.tensor([60]), torch.device("cpu")))
     assert float((got - wanted).norm() / wanted.norm()) < 1e-4
     assert 1e-4 < float((untouched - wanted).norm() / wanted.norm()) < 0.5  # fp8 has rounded
 
@@ -112,34 +119,77 @@ def test_a_story_is_judged_by_its_animal_and_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [["--tokens", "0"], ["--batch-tokens", "0"], ["--evaluate-every", "0.5"], ["--tokens", "inf"]]
+    "option",
+    [
+        ["--tokens", "0"],
+        ["--batch-tokens", "0"],
+        ["--evaluate-every", "0.5"],
+        ["--tokens", "inf"],
+        ["--muon-rate", "nan"],
+        ["--adam-rate", "-1"],
+        ["--save-minutes", "nan"],
+    ],
 )
 def test_training_refuses_nonsense(
     option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
         train.main([str(tmp_path), *option])
-    assert "at least 1" in capsys.readouterr().err
+    assert re.search("at least [01]", capsys.readouterr().err)
 
 
-def test_training_says_what_is_wrong_with_a_checkpoint(tmp_path: Path) -> None:
+def failed(main: Callable[[list[str]], None], *arguments: object) -> int:
+    """Exit code."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+def test_training_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(SystemExit, match=r"checkpoint\.pt: not a training checkpoint"):
-        train.main([str(tmp_path), "--tokens", "1e3", "--device", "cpu"])
+    assert failed(train.main, tmp_path, "--tokens", "1e3", "--device", "cpu") == 2
+    assert "checkpoint.pt: not a training checkpoint" in capsys.readouterr().err
+    assert failed(train.main, tmp_path / "checkpoint.pt") == 1
+    assert "checkpoint.pt" in capsys.readouterr().err
+    with train._alone(tmp_path):
+        assert failed(train.main, tmp_path, "--device", "cpu") == 2
+    assert "another trainer" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert failed(train.main, tmp_path, "--device", "cuda") == 2
+        assert "no CUDA GPU" in capsys.readouterr().err
 
 
-def test_the_examination_says_what_is_wrong_with_a_model(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"hybrid\.demo\.evaluate: "):
-        evaluate.main([str(tmp_path)])
+def test_the_examination_says_what_is_wrong_with_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert failed(evaluate.main, tmp_path) == 2
+    assert "python -m hybrid.demo.evaluate: " in capsys.readouterr().err
+
+
+def test_a_signal_saves_and_the_command_goes_on(tmp_path: Path) -> None:
+    """As a service manager does it: to every process of the group."""
+    command = [sys.executable, "-m", "hybrid.demo.train", str(tmp_path)]
+    command += ["--tokens", "1e6", "--batch-tokens", "500", "--device", "cpu", "--save-minutes", "0"]
+    saved = tmp_path / "checkpoint.pt"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as trainer:
+        deadline = time.monotonic() + 200
+        while not saved.exists() and time.monotonic() < deadline and trainer.poll() is None:
+            time.sleep(0.1)
+        os.killpg(trainer.pid, signal.SIGTERM)
+        said, _ = trainer.communicate(timeout=60)
+    assert trainer.returncode == 0
+    (tokens,) = re.findall(r"stopped at (\S+)M tokens", said)
+    counters = torch.load(saved, weights_only=True)["counters"]
+    assert counters[1] == pytest.approx(float(tokens) * 1e6, abs=1e4)
+    assert counters[0] > 0
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the trainer train a small model and examine it little."""
     monkeypatch.setattr("hybrid.demo.shape.SIZES", SMALL)
-    monkeypatch.setattr(
-        "hybrid.demo.trainer.matching.cases", lambda encoder, split, _: cases(encoder, split, 3)
-    )
+    monkeypatch.setattr(train, "cases", lambda encoder, split, _: cases(encoder, split, 3))
 
 
 @pytest.mark.usefixtures("small")
@@ -168,10 +218,17 @@ def test_one_command_trains_goes_on_and_exports(tmp_path: Path, capsys: pytest.C
     assert "of 0.01M tokens" in capsys.readouterr().out
     with Engine.load(tmp_path / "model", "cpu", threads=2) as engine:
         assert not engine.logits([1, 2, 3]).equal(first)
+    learnt = (tmp_path / "checkpoint.pt").read_bytes()
+    shutil.rmtree(tmp_path / "model")
+    train.main(command)  # complete: exports again
+    assert (tmp_path / "model" / "config.json").is_file()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == learnt
 
 
 @pytest.mark.usefixtures("small")
-def test_a_run_refuses_another_tokenizer(tmp_path: Path) -> None:
+def test_a_run_refuses_another_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = tmp_path / "other"
     shutil.copytree(ASSETS, other)
     ranks = (other / "tiktoken.model").read_text().splitlines()
@@ -182,5 +239,6 @@ def test_a_run_refuses_another_tokenizer(tmp_path: Path) -> None:
     (other / "tiktoken.model").write_text("\n".join(ranks) + "\n")
     command = [str(tmp_path / "run"), "--batch-tokens", "800", "--device", "cpu", "--stop-minutes", "0"]
     train.main(command)
-    with pytest.raises(SystemExit, match="other settings"):
-        train.main([*command, "--tokenizer", str(other)])
+    monkeypatch.setattr(train, "ASSETS", other)
+    assert failed(train.main, *command) == 2
+    assert "other settings" in capsys.readouterr().err

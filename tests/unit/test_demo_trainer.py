@@ -1,5 +1,7 @@
 """The trainer: compiled operations against torch's, MuonClip against its definition, and whole runs in little."""
 
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -9,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from hybrid.config import ModelConfig
 from hybrid.demo.data.encode import Encoder
@@ -28,8 +29,9 @@ from hybrid.demo.trainer.ops import Documents, TorchOps
 from hybrid.demo.trainer.plot import draw
 from hybrid.demo.trainer.state import Run, Settings
 from hybrid.synth import ASSETS
-from offload.errors import UsageError
+from offload.errors import HybridError, UsageError
 from offload.kernels.levels import choose_level
+from tests.reference.turns import prompt_of, reply_of
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -134,7 +136,6 @@ def test_crew_splits_by_cost() -> None:
     crew = Crew(3)
     assert crew.split(np.ones(9)).tolist() == [0, 3, 6, 9]
     assert crew.split(np.array([9.0, 1, 1, 1])).tolist()[1] <= 1
-    crew.close()
 
 
 def two_models(fields: dict[str, Any]) -> tuple[DemoModel, DemoModel]:
@@ -227,8 +228,8 @@ def test_operations_on_tiles_match_torch_within_bfloat16(encoder: Encoder) -> No
 def test_documents_do_not_see_each_other(fields: dict[str, Any]) -> None:
     model = two_models(fields)[1]
     tokens = torch.randint(0, 300, (60,), generator=torch.Generator().manual_seed(0))
-    together = model.logits(tokens, Documents.of(torch.tensor([25, 35]), CPU))
-    alone = model.logits(tokens[25:], Documents.of(torch.tensor([35]), CPU))
+    together, _ = model.logits(tokens, Documents.of(torch.tensor([25, 35]), CPU))
+    alone, _ = model.logits(tokens[25:], Documents.of(torch.tensor([35]), CPU))
     torch.testing.assert_close(together[25:], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -254,7 +255,7 @@ def test_matches_transformers(fields: dict[str, Any]) -> None:
     tokens = torch.randint(0, 300, (50,), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         wanted = theirs(tokens[None]).logits[0]
-        got = model.logits(tokens, Documents.of(torch.tensor([50]), CPU))
+        got, _ = model.logits(tokens, Documents.of(torch.tensor([50]), CPU))
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=2e-4)
 
 
@@ -392,6 +393,12 @@ def test_restore_refuses_other_runs_and_damage(fields: dict[str, Any], tmp_path:
     run.save(tmp_path / "run.pt")
     with pytest.raises(UsageError, match="other settings"):
         small_run(fields, seed=9).restore(tmp_path / "run.pt")
+    run.tokens_seen = 900
+    run.save(tmp_path / "run.pt")
+    with pytest.raises(UsageError, match="has seen 900 tokens; a length of 800 is less"):
+        small_run(fields).restore(tmp_path / "run.pt", 800)
+    with pytest.raises(FileNotFoundError):
+        run.restore(tmp_path / "none.pt")
     data = (tmp_path / "run.pt").read_bytes()
     (tmp_path / "run.pt").write_bytes(data[: len(data) // 2])
     with pytest.raises(UsageError, match="not a training checkpoint"):
@@ -413,7 +420,7 @@ def test_schedule_warms_up_and_falls_to_nought() -> None:
 def test_feed_goes_on_from_any_document(encoder: Encoder) -> None:
     with Feed(ASSETS, seed=3, batch_tokens=2000, start=0, workers=1) as feed:
         straight = list(islice(feed.batches(), 5))
-    with Feed(ASSETS, seed=3, batch_tokens=2000, start=straight[1].next_document, workers=1) as feed:
+    with Feed(ASSETS, seed=3, batch_tokens=2000, start=straight[1].next_document, workers=2) as feed:
         resumed = list(islice(feed.batches(), 3))
     for mine, theirs in zip(resumed, straight[2:], strict=True):
         assert torch.equal(mine.tokens, theirs.tokens)
@@ -458,8 +465,8 @@ def test_exact_match_agrees_with_greedy_decoding(fields: dict[str, Any], encoder
         right = 0
         for probe in probes:
             tokens, wanted = (
-                encoder.prompt(case.conversation, probe.index),
-                encoder.reply(case.conversation, probe.index),
+                prompt_of(encoder, case.conversation, probe.index),
+                reply_of(encoder, case.conversation, probe.index),
             )
             right += decodes_to(model, tokens, wanted)
         if probes:
@@ -474,7 +481,7 @@ def decodes_to(model: DemoModel, prompt: list[int], wanted: list[int]) -> bool:
     """Whether greedy decoding, token by token, gives `wanted`."""
     tokens = list(prompt)
     for token in wanted:
-        logits: Tensor = model.logits(torch.tensor(tokens), Documents.of(torch.tensor([len(tokens)]), CPU))
+        logits, _ = model.logits(torch.tensor(tokens), Documents.of(torch.tensor([len(tokens)]), CPU))
         tokens.append(int(logits[-1].argmax()))
         if tokens[-1] != token:
             return False
@@ -485,7 +492,7 @@ def test_spans_are_the_probed_turns(encoder: Encoder) -> None:
     talk = conversation("train", Random(5))
     case = Case.of(encoder, talk)
     for probe, (first, last) in zip(talk.probes, case.spans, strict=True):
-        assert case.encoded.tokens[first:last].tolist() == encoder.reply(talk, probe.index)
+        assert case.encoded.tokens[first:last].tolist() == reply_of(encoder, talk, probe.index)
     everything = exact_matches([case], lambda c: np.append(c.encoded.tokens[1:], 0).astype(np.int64))
     assert all(hits == trials for hits, trials in everything.kinds().values())
 
@@ -497,14 +504,85 @@ def test_loop_trains_saves_evaluates_and_goes_on(
     options: dict[str, Any] = {"evaluate_every": 3000, "save_seconds": 0.0}
     run = small_run(fields, tokens=5_000, batch_tokens=1500)
     with Feed(ASSETS, 0, 1500, 0, 1) as feed:
-        assert not Loop(run, tmp_path, examined, **options, stop_after=0.0).train(feed)
+        Loop(run, tmp_path, examined, **options, stop_after=0.0).train(feed)
+    assert not run.complete
     again = small_run(fields, tokens=5_000, batch_tokens=1500)
     again.restore(tmp_path / "checkpoint.pt")
     assert again.step == run.step == 1
     with Feed(ASSETS, 0, 1500, again.next_document, 1) as feed:
-        assert Loop(again, tmp_path, examined, **options, stop_after=None).train(feed)
-    assert again.tokens_seen >= 5_000
-    assert any("exact" in entry for entry in again.history)
+        Loop(again, tmp_path, examined, **options, stop_after=None).train(feed)
+    assert again.complete
+    assert [entry["tokens"] for entry in again.history][-1] == again.tokens_seen
+    assert {"exact", "loss"} <= again.history[-1].keys()
+    saved = small_run(fields, tokens=5_000, batch_tokens=1500)
+    saved.restore(tmp_path / "checkpoint.pt")
+    assert saved.history == again.history
+
+
+def test_what_was_learnt_survives_the_end_of_a_process_that_writes_data(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    run = small_run(fields, tokens=40_000, batch_tokens=1500)
+    with Feed(ASSETS, 0, 1500, 0, 1) as feed:
+
+        def batches() -> Iterator[Batch]:
+            yield from islice(Feed.batches(feed), 2)
+            raise BrokenProcessPool
+
+        feed.batches = batches  # type: ignore[method-assign]
+        loop = Loop(run, tmp_path, [], evaluate_every=1e9, save_seconds=1e9, stop_after=None)
+        with pytest.raises(HybridError, match="ended from outside"):
+            loop.train(feed)
+    again = small_run(fields, tokens=40_000, batch_tokens=1500)
+    again.restore(tmp_path / "checkpoint.pt")
+    assert again.step == 2
+
+
+def test_a_full_disk_costs_neither_the_run_nor_the_last_save(
+    fields: dict[str, Any],
+    encoder: Encoder,
+    batches: list[Batch],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, draft = small_run(fields, tokens=2 * len(batches[0].tokens)), tmp_path / "checkpoint.part"
+    run.save(tmp_path / "checkpoint.pt")
+
+    class Filling(Feed):
+        """The disk is full while the first batch is learnt from."""
+
+        def batches(self) -> Iterator[Batch]:
+            draft.symlink_to("/dev/full")
+            yield batches[0]
+            assert not draft.exists()
+            again = small_run(fields)
+            again.restore(tmp_path / "checkpoint.pt")
+            assert again.step == 0
+            yield batches[0]
+
+    loop = Loop(
+        run, tmp_path, cases(encoder, "dev", 3), evaluate_every=1e9, save_seconds=0.0, stop_after=None
+    )
+    with Filling(ASSETS, 0, 1500, 0, 1) as feed:
+        loop.train(feed)
+    assert "No space left" in " ".join(capsys.readouterr().out.split())
+    again = small_run(fields)
+    again.restore(tmp_path / "checkpoint.pt")
+    assert again.step == 2
+
+
+def test_a_run_that_diverged_is_not_saved(
+    fields: dict[str, Any], batches: list[Batch], tmp_path: Path
+) -> None:
+    run, file = small_run(fields), tmp_path / "checkpoint.pt"
+    run.train(batches[0])
+    run.save(file)
+    with torch.no_grad():
+        run.model.norm[3] = torch.nan
+    with pytest.raises(HybridError, match="not finite"):
+        run.save(file)
+    run.restore(file)
+    assert run.model.norm.isfinite().all()
 
 
 def test_plot_is_well_formed(tmp_path: Path) -> None:

@@ -54,15 +54,3 @@ class Encoder:
                 produced[start : i + 1] = True
                 header = -1
         return Encoded(tokens, produced)
-
-    def prompt(self, conversation: Conversation, index: int) -> list[int]:
-        """The prompt that message `index` answers."""
-        return self.template.render(conversation.messages[:index], conversation.tools)
-
-    def reply(self, conversation: Conversation, index: int) -> list[int]:
-        """The tokens the assistant should produce as message `index`, end token included."""
-        prompt = self.prompt(conversation, index)
-        whole = self.template.render(
-            conversation.messages[: index + 1], conversation.tools, add_generation_prompt=False
-        )
-        return whole[len(prompt) :]

@@ -79,10 +79,15 @@ def _renamed(parameter: Parameter, name: str) -> Parameter:
 
 
 def _noun(split: str, rng: Random) -> str:
-    if split == "train" and rng.random() < _FREELY:
-        words = Vocabulary(split, rng)
-        return "_".join(words.text("word") for _ in range(rng.choice([1, 1, 2])))
-    return rng.choice([n for n in _NOUNS if split_of(n) == split])
+    """What is looked up."""
+    nouns = [noun for noun in _NOUNS if split_of(noun) == split]
+    if split != "train" or rng.random() >= _FREELY:
+        return rng.choice(nouns)
+    words = Vocabulary(split, rng)
+    while True:
+        noun = "_".join(words.text("word") for _ in range(rng.choice([1, 1, 2])))
+        if split_of(noun) == split:
+            return noun
 
 
 def _act(split: str, rng: Random) -> tuple[str, str]:

@@ -93,7 +93,7 @@ def _weather(talk: Talk, city: str) -> tuple[str, str]:
         sky += " and " + rng.choice([word for word in also if word not in sky])
     degrees: float = rng.randint(-20, 40)
     if talk.chance(0.15):
-        degrees += rng.randint(1, 9) / 10
+        degrees = round(degrees + rng.randint(1, 9) / 10, 1)
     written = sky.capitalize() if talk.chance(0.5) else sky
     temperature = rng.choice(["temperature", "temperature", "temp", "degrees", "temp_c", "temperature_c"])
     condition = rng.choice(

@@ -110,10 +110,10 @@ _SPELT = {"add": 0.08, "subtract": 0.08, "multiply": 0.08, "count": 0.3, "countf
 """How often small numbers are written as words."""
 
 
-def numbers(talk: Talk, operation: str | None = None, *, reckoning: bool = True) -> None:
+def numbers(talk: Talk, *, reckoning: bool = True) -> None:
     """A question about numbers or a plain instruction, from numbers.txt; `reckoning`: sums among them."""
     weights = {k: w for k, w in _OPERATIONS.items() if reckoning or k not in _RECKONED}
-    name = operation or talk.rng.choices(list(weights), list(weights.values()))[0]
+    name = talk.rng.choices(list(weights), list(weights.values()))[0]
     block, wordings = _named("numbers.txt", "op")[name]
     values, kind = _numbers_for(talk, name)
     pattern = talk.pick(wordings)

@@ -52,9 +52,11 @@ def collate(documents: list[Encoded], next_document: int) -> Batch:
 
 def _start_worker(directory: Path) -> None:
     global _encoder
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C goes to the whole group; the trainer ends its workers
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # which go to the whole group; the trainer ends its workers
+        signal.signal(number, signal.SIG_IGN)
     _encoder = Encoder(directory)
 
 

@@ -1,17 +1,20 @@
 """The training loop around `Run`: progress, evaluation on the development split, saves, the picture."""
 
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hybrid.demo.trainer.feed import Feed
 from hybrid.demo.trainer.matching import Case, evaluate
 from hybrid.demo.trainer.plot import draw
 from hybrid.demo.trainer.state import Run
+from offload.errors import HybridError
 
 NOTE_STEPS = 20
-"""Steps that one entry of the history is a mean over."""
+"""Steps that one entry of the history is a mean over, at most."""
 
 
 class Loop:
@@ -37,56 +40,80 @@ class Loop:
         self._run, self._directory, self._examined = run, directory, examined
         self._evaluate_every, self._save_seconds, self._stop_after = evaluate_every, save_seconds, stop_after
         self._notes: list[dict[str, float]] = []
+        self._saved = time.monotonic()
         self._stopping = False
 
     def stop(self) -> None:
         """Save and stop after the step that runs; for signal handlers."""
         self._stopping = True
 
-    def train(self, feed: Feed) -> bool:
-        """-> whether the run is complete."""
-        run, total = self._run, self._run.settings.tokens
-        began = saved = time.monotonic()
-        first = run.tokens_seen
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        with Progress(*columns) as bar:
-            task = bar.add_task("training", total=total, completed=first)
-            for batch in feed.batches():
-                before = run.tokens_seen
-                if before >= total:
-                    break
-                seen = run.train(batch)
-                self._note(seen)
-                now = time.monotonic()
-                rate = f"{(run.tokens_seen - first) / (now - began):,.0f} tokens/s"
-                bar.update(task, completed=run.tokens_seen, description=f"loss {seen['loss']:.4f}  {rate}")
-                crossed = run.tokens_seen // self._evaluate_every > before // self._evaluate_every
-                if crossed or run.tokens_seen >= total:
-                    bar.console.print(self._evaluate(seen), rate)
-                if now - saved > self._save_seconds:
-                    self.save()
-                    saved = now
-                if self._stopping or (self._stop_after is not None and now - began > self._stop_after):
-                    break
-        self.save()
-        return run.tokens_seen >= total
+    def train(self, feed: Feed) -> None:
+        """Until the run is complete, its time is up or `stop` was called.
 
-    def save(self) -> None:
+        Raises:
+            OSError: what was learnt last cannot be saved.
+            HybridError: the run has diverged; or a process that writes data has died, and what was learnt is saved.
+        """
+        run, began = self._run, time.monotonic()
+        first, total = run.tokens_seen, run.settings.tokens
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        try:
+            with Progress(*columns) as bar:
+                task = bar.add_task("training", total=total, completed=first)
+                for batch in feed.batches():
+                    before = run.tokens_seen
+                    seen = run.train(batch)
+                    self._note(seen)
+                    took = time.monotonic() - began
+                    rate = f"{(run.tokens_seen - first) / took:,.0f} tokens/s"
+                    bar.update(
+                        task, completed=run.tokens_seen, description=f"loss {seen['loss']:.4f}  {rate}"
+                    )
+                    stopping = self._stopping or (self._stop_after is not None and took > self._stop_after)
+                    crossed = run.tokens_seen // self._evaluate_every > before // self._evaluate_every
+                    examined = not stopping and (crossed or run.complete)
+                    if examined or time.monotonic() - self._saved > self._save_seconds:
+                        self._save_if_possible(bar.console)
+                    if examined:
+                        bar.console.print(self._examine(seen), rate)
+                    if stopping or run.complete:
+                        break
+        except BrokenProcessPool:
+            self._save()
+            raise HybridError(
+                "a process that writes training data was ended from outside; the same command goes on"
+            ) from None
+        self._save()
+
+    def _save(self) -> None:
+        self._flush()
         self._run.save(self._directory / "checkpoint.pt")
         draw(self._run.history, self._directory / "loss.svg")
+
+    def _save_if_possible(self, console: Console) -> None:
+        """In the middle of a run a full disk is no reason to lose what is in memory."""
+        try:
+            self._save()
+        except OSError as error:
+            console.print(f"{error}; going on, and trying again later", style="bold red")
+        self._saved = time.monotonic()
 
     def _note(self, seen: dict[str, float]) -> None:
         self._notes.append(seen)
         if len(self._notes) == NOTE_STEPS:
-            means = {key: sum(note[key] for note in self._notes) / NOTE_STEPS for key in seen}
-            self._run.history.append(means | {"tokens": seen["tokens"]})
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._notes:
+            means = {key: sum(note[key] for note in self._notes) / len(self._notes) for key in self._notes[0]}
+            self._run.history.append(means | {"tokens": self._notes[-1]["tokens"]})
             self._notes.clear()
 
-    def _evaluate(self, seen: dict[str, float]) -> str:
-        """Measure exact match. -> what to print."""
+    def _examine(self, seen: dict[str, float]) -> str:
+        """Measure exact match, just after a save. -> what to print."""
         tally, loss, loads = evaluate(self._run.model, self._examined)
         exact, spread = tally.mean(), float((loads.amax(1) / loads.mean(1)).amax())
-        self._run.history.append({**seen, "exact": exact, "held_out": loss})
+        self._run.history[-1] |= {"exact": exact, "held_out": loss}
         kinds = "  ".join(f"{kind} {hits / trials:.0%}" for kind, (hits, trials) in tally.kinds().items())
         dead = int((loads == 0).sum())
         return (

@@ -92,8 +92,7 @@ def survey(
             size += len(some[end].encoded.tokens)
             end += 1
         batch = collate([case.encoded for case in some[start:end]], end)
-        hidden, seen = model.hidden_states(batch.tokens.to(device), Documents.of(batch.lengths, device))
-        logits = torch.nn.functional.linear(hidden, model.lm_head)
+        logits, seen = model.logits(batch.tokens.to(device), Documents.of(batch.lengths, device))
         targets = batch.targets.to(device)
         losses = torch.nn.functional.cross_entropy(logits, targets.clamp_min(0), reduction="none")
         total += losses[targets >= 0].double().sum().cpu()

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from hybrid.config import ModelConfig
 from hybrid.demo.trainer.ops import Documents, Ops, Rope
 from hybrid.layers.rotary import RotaryEmbedding, softmax_scale
+from offload.errors import UsageError
 
 LATENT_NORM_EPS = 1e-6
 """DeepSeek-V3's latent norms keep this epsilon whatever rms_norm_eps says."""
@@ -35,7 +36,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         if config.q_lora_rank is None:
-            raise ValueError("the trainer wants a q_lora_rank, as K2 has")
+            raise UsageError("the trainer's model has a q_lora_rank, as K2 does; this config.json has none")
         self.heads, self.rope = config.num_attention_heads, config.qk_rope_head_dim
         self.kv_lora, hidden = config.kv_lora_rank, config.hidden_size
         self.q_a_proj = _matrix(config.q_lora_rank, hidden)
@@ -86,7 +87,7 @@ class Moe(nn.Module):
         self.shared = Mlp(config.hidden_size, width * config.n_shared_experts, gain)
 
     def forward(self, x: Tensor, ops: Ops, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x [T,H] -> [T,H], or what is at `rows` of it, and the tokens of each expert [E], whatever the rows."""
+        """x [T,H] -> [T,H], or what is at `rows` (int64 [R]) of it, and the tokens of each expert [E], at all rows."""
         ids, weights = ops.route(F.linear(x, self.gate), self.bias, self.top_k, self.factor)
         load = torch.bincount(ids.flatten(), minlength=len(self.gate))
         if rows is not None:
@@ -140,8 +141,8 @@ class DemoModel(nn.Module):
     def hidden_states(
         self, token_ids: Tensor, docs: Documents, rows: Tensor | None = None
     ) -> tuple[Tensor, Observed]:
-        """token_ids int64 [T] of whole documents -> normed hidden states [T,H], or those at `rows` alone, which
-        spares the last layer the others' experts."""
+        """token_ids int64 [T] of whole documents -> normed hidden states [T,H], or [R,H] at `rows` (int64 [R])
+        alone, which spares the last layer the others' experts."""
         rope, ops = self.rope(docs.longest), self.ops
         x = F.embedding(token_ids, self.embed_tokens)
         peaks, loads = [], []
@@ -163,12 +164,13 @@ class DemoModel(nn.Module):
         seen = Observed(torch.stack(peaks), torch.stack(loads))
         return ops.rms_norm(x, self.norm, self.config.rms_norm_eps), seen
 
-    def logits(self, token_ids: Tensor, docs: Documents) -> Tensor:
+    def logits(self, token_ids: Tensor, docs: Documents) -> tuple[Tensor, Observed]:
         """Next-token logits [T, vocab]."""
-        return F.linear(self.hidden_states(token_ids, docs)[0], self.lm_head)
+        hidden, seen = self.hidden_states(token_ids, docs)
+        return F.linear(hidden, self.lm_head), seen
 
     def loss(self, token_ids: Tensor, targets: Tensor, docs: Documents) -> tuple[Tensor, Observed]:
-        """Mean cross entropy over the positions whose `targets` [T] are not negative."""
+        """Mean cross entropy over the positions whose `targets` [T] are not negative, one at least."""
         scored = (targets >= 0).nonzero().squeeze(1)
         hidden, seen = self.hidden_states(token_ids, docs, scored)
         return F.cross_entropy(F.linear(hidden, self.lm_head), targets[scored]), seen

@@ -98,7 +98,7 @@ class TorchOps:
         rank = torch.arange(tokens * top_k, device=x.device) - (counts.cumsum(0) - counts)[expert]
         slot, token = expert * capacity + rank, order // top_k
         padded = x.new_zeros(experts * capacity, x.shape[1]).index_copy(0, slot, x[token])
-        gate, up = torch.bmm(padded.view(experts, capacity, -1), gate_up.transpose(1, 2)).chunk(2, -1)
+        gate, up = torch.bmm(padded.view(experts, capacity, x.shape[1]), gate_up.transpose(1, 2)).chunk(2, -1)
         out = torch.bmm(F.silu(gate) * up, down_t).flatten(0, 1)
         return torch.zeros_like(x).index_add(0, token, out[slot] * weights.flatten()[order, None])
 

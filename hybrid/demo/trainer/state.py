@@ -15,16 +15,16 @@ from hybrid.demo.trainer.model import DemoModel
 from hybrid.demo.trainer.muon import Muon, balance, qk_clip
 from hybrid.demo.trainer.native import NativeOps
 from hybrid.demo.trainer.ops import Documents, Ops, TorchOps
-from offload.errors import UsageError
+from offload.errors import HybridError, UsageError
 
-_DAMAGE = (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, UnpicklingError)
+_DAMAGE = (RuntimeError, EOFError, LookupError, TypeError, ValueError, UnpicklingError)
 """What reading a damaged checkpoint may raise."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What decides the outcome of a run, besides the data generator's code. `text`: a digest of the tokenizer's and
-    the chat template's files."""
+    """What decides the outcome of a run, besides the data generator's code and, by rounding, the device and the
+    number of threads. `text`: a digest of the tokenizer's and the chat template's files."""
 
     seed: int = 0
     tokens: int = 50_000_000
@@ -67,6 +67,10 @@ class Run:
         rest = [p for name, p in self.model.named_parameters() if name not in self.muon.momentum]
         self.adam = torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
+    @property
+    def complete(self) -> bool:
+        return self.tokens_seen >= self.settings.tokens
+
     def train(self, batch: Batch) -> dict[str, float]:
         """One step. -> loss, load (largest layer's maximum over mean), peak logit, heads clipped."""
         settings = self.settings
@@ -94,7 +98,14 @@ class Run:
         }
 
     def save(self, file: Path) -> None:
-        """Everything, atomically: an interrupted save leaves the previous one."""
+        """Everything, atomically: an interrupted save leaves the previous one.
+
+        Raises:
+            OSError: the disk is full or refuses.
+            HybridError: the run has diverged; what is saved is better.
+        """
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise HybridError(f"{file}: not saved, as weights are not finite any more; lower the rates")
         state = {
             "settings": dataclasses.asdict(self.settings),
             "config": self.config,
@@ -105,11 +116,15 @@ class Run:
             "history": self.history,
         }
         draft = file.with_suffix(".part")
-        with draft.open("wb") as out:
-            torch.save(state, out)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(draft, file)
+        try:
+            with draft.open("wb") as out:
+                torch.save(state, out)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(draft, file)
+        except (OSError, RuntimeError) as error:  # torch tells of a full disk by either
+            draft.unlink(missing_ok=True)
+            raise OSError(f"{file}: cannot be saved: {error}") from error
 
     def restore(self, file: Path, tokens: int | None = None) -> None:
         """Go on from a save.
@@ -118,22 +133,25 @@ class Run:
             tokens: a length other than the save's; the rates are those of a run of this length from here on.
 
         Raises:
-            UsageError: the file is of a run with other settings or another shape, or unreadable.
+            UsageError: the file is of a run with other settings or another shape, has seen more tokens than
+                `tokens`, or is damaged.
+            OSError: it cannot be read.
         """
         try:
-            state = torch.load(file, map_location=self.device, weights_only=True)
-            length = state["settings"]["tokens"]
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            length, seen = state["settings"]["tokens"], state["counters"][1]
             mine = dataclasses.asdict(self.settings) | {"tokens": length}
-            same = mine == state["settings"] and state["config"] == self.config
+            if mine != state["settings"] or state["config"] != self.config:
+                raise UsageError(f"{file}: a run with other settings; use its settings, or another directory")
+            if tokens is not None and tokens < seen:
+                raise UsageError(f"{file}: has seen {seen:,} tokens; a length of {tokens:,} is less")
+            self.settings = dataclasses.replace(self.settings, tokens=length if tokens is None else tokens)
+            self.model.load_state_dict(state["model"])
+            self.muon.load_state_dict(state["muon"])
+            self.adam.load_state_dict(state["adam"])
+            self.step, self.tokens_seen, self.next_document = state["counters"]
+            self.history = state["history"]
         except _DAMAGE as error:
             raise UsageError(
                 f"{file}: not a training checkpoint ({error}); delete it to start anew"
             ) from None
-        if not same:
-            raise UsageError(f"{file}: a run with other settings; use its settings, or another directory")
-        self.settings = dataclasses.replace(self.settings, tokens=length if tokens is None else tokens)
-        self.model.load_state_dict(state["model"])
-        self.muon.load_state_dict(state["muon"])
-        self.adam.load_state_dict(state["adam"])
-        self.step, self.tokens_seen, self.next_document = state["counters"]
-        self.history = state["history"]

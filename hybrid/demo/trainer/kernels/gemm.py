@@ -131,6 +131,3 @@ class Crew:
         total = np.concatenate([[0], np.cumsum(costs)])
         cuts = np.searchsorted(total, total[-1] * np.arange(1, self.size) / self.size)
         return np.concatenate([[0], cuts, [len(costs)]]).astype(np.int64)
-
-    def close(self) -> None:
-        self._pool.shutdown()
