@@ -166,12 +166,14 @@ def wants_gpu(device: str) -> bool:
     Raises:
         UsageError: "cuda", and there is none.
     """
+    if device == "cpu":
+        return False
     found = torch.cuda.is_available()
     if device == "cuda" and not found:
         raise UsageError(
             "device is 'cuda' and torch finds no CUDA GPU; use --device cpu, or install torch's CUDA build"
         )
-    return found and device != "cpu"
+    return found
 
 
 def _device(name: str, files: ModelFiles) -> torch.device:

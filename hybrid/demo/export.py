@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -64,11 +65,14 @@ def _moe(prefix: str, moe: Moe) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def export(model: DemoModel, config: dict[str, Any], source: Path, out: Path) -> Path:
-    """Write the model to the directory `out`; what an earlier export left there goes. -> `out`.
+    """Write the model to the directory `out`; what an earlier export left there goes, once all is written. -> `out`.
 
     Args:
         config: config.json's fields.
         source: where the tokenizer files and the chat template are taken from.
+
+    Raises:
+        OSError: the disk is full or refuses; `out` is as it was.
     """
     kinds = expected_tensors(model.config)
     tensors: dict[str, Tensor] = {}
@@ -79,21 +83,34 @@ def export(model: DemoModel, config: dict[str, Any], source: Path, out: Path) ->
             tensors[name], tensors[name + SCALE_SUFFIX] = quantize(tensor)
         else:
             tensors[name] = tensor if kind == "router_bias" else tensor.to(torch.bfloat16)
-    out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob("model*.safetensors*"):
-        old.unlink()
-    _write(tensors, model.config.num_hidden_layers, out)
+    draft = out.with_name(out.name + ".part")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+        _write_weights(tensors, model.config.num_hidden_layers, draft)
+        _write_rest(config, source, draft)
+        out.mkdir(exist_ok=True)
+        for old in out.glob("model*.safetensors*"):
+            old.unlink()
+        for file in draft.iterdir():
+            file.replace(out / file.name)
+    except SafetensorError as error:
+        raise OSError(f"{out}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return out
+
+
+def _write_rest(config: dict[str, Any], source: Path, out: Path) -> None:
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     end = Tokenizer.load(source).special_ids["<|im_end|>"]
     generation = {"max_length": config["max_position_embeddings"], "eos_token_id": end, "temperature": 0.6}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     for name in (RANKS_FILE, CONFIG_FILE, TEMPLATE_FILE):
-        if source.resolve() != out.resolve():
-            shutil.copyfile(source / name, out / name)
-    return out
+        shutil.copyfile(source / name, out / name)
 
 
-def _write(tensors: dict[str, Tensor], layers: int, out: Path) -> None:
+def _write_weights(tensors: dict[str, Tensor], layers: int, out: Path) -> None:
     shards = -(-layers // LAYERS_A_SHARD)
     held: list[dict[str, Tensor]] = [{} for _ in range(shards)]
     for name, tensor in tensors.items():

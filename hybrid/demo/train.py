@@ -10,21 +10,11 @@ import fcntl
 import hashlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
-from hybrid.demo.data.encode import Encoder
-from hybrid.demo.export import export
-from hybrid.demo.shape import config_fields
-from hybrid.demo.trainer.feed import Feed
-from hybrid.demo.trainer.loop import Loop
-from hybrid.demo.trainer.matching import cases
-from hybrid.demo.trainer.state import Run, Settings
-from hybrid.runtime import wants_gpu
-from hybrid.synth import ASSETS
 from offload.errors import HybridError, UsageError
 
 
@@ -90,6 +80,31 @@ def _alone(directory: Path) -> Iterator[None]:
 
 
 def train(args: argparse.Namespace) -> None:
+    """Train until the run is complete, its time is up or SIGINT or SIGTERM asks to stop."""
+    stop = threading.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: stop.set()) for number in signals]
+    try:
+        _train(args, stop)
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _train(args: argparse.Namespace, stop: threading.Event) -> None:
+    # Not at the top: each process that writes data imports this module anew.
+    import torch
+
+    from hybrid.demo.data.encode import Encoder
+    from hybrid.demo.export import export
+    from hybrid.demo.shape import config_fields
+    from hybrid.demo.trainer.feed import Feed
+    from hybrid.demo.trainer.loop import Loop
+    from hybrid.demo.trainer.matching import cases
+    from hybrid.demo.trainer.state import Run, Settings
+    from hybrid.runtime import wants_gpu
+    from hybrid.synth import ASSETS
+
     cuda = wants_gpu(args.device)
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")
@@ -109,34 +124,22 @@ def train(args: argparse.Namespace) -> None:
         run.restore(saved, args.tokens)
         print(f"going on from {run.tokens_seen / 1e6:.2f}M of {run.settings.tokens / 1e6:.2f}M tokens")
     if not run.complete:
-        _go_on(run, encoder, args)
+        loop = Loop(
+            run,
+            args.directory,
+            cases(encoder, "dev", 300),
+            evaluate_every=args.evaluate_every,
+            save_seconds=60 * args.save_minutes,
+            stop_after=None if args.stop_minutes is None else 60 * args.stop_minutes,
+            stop=stop,
+        )
+        with Feed(ASSETS, settings.seed, settings.batch_tokens, run.next_document, args.workers) as feed:
+            loop.train(feed)
     if not run.complete:
         print(f"stopped at {run.tokens_seen / 1e6:.2f}M tokens; the same command goes on")
         return
     out = export(run.model, run.config, ASSETS, args.directory / "model")
     print(f"exported to {out}: {sum(f.stat().st_size for f in out.iterdir()) / 2**20:.2f} MiB")
-
-
-def _go_on(run: Run, encoder: Encoder, args: argparse.Namespace) -> None:
-    """Train until the run is complete, its time is up or a signal asks to stop."""
-    loop = Loop(
-        run,
-        args.directory,
-        cases(encoder, "dev", 300),
-        evaluate_every=args.evaluate_every,
-        save_seconds=60 * args.save_minutes,
-        stop_after=None if args.stop_minutes is None else 60 * args.stop_minutes,
-    )
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *_: loop.stop()) for number in signals]
-    try:
-        with Feed(
-            ASSETS, run.settings.seed, run.settings.batch_tokens, run.next_document, args.workers
-        ) as feed:
-            loop.train(feed)
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
 
 
 def _digest(directory: Path) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -167,29 +169,54 @@ def test_the_examination_says_what_is_wrong_with_a_model(
     assert "python -m hybrid.demo.evaluate: " in capsys.readouterr().err
 
 
-def test_a_signal_saves_and_the_command_goes_on(tmp_path: Path) -> None:
-    """As a service manager does it: to every process of the group."""
-    command = [sys.executable, "-m", "hybrid.demo.train", str(tmp_path)]
-    command += ["--tokens", "1e6", "--batch-tokens", "500", "--device", "cpu", "--save-minutes", "0"]
-    saved = tmp_path / "checkpoint.pt"
+def test_a_signal_to_all_processes_saves_and_stops(tmp_path: Path) -> None:
+    """As a service manager sends it, here just when a process that writes data has been started."""
+    command = [sys.executable, "-m", "hybrid.demo.train", str(tmp_path), "--batch-tokens", "5e3"]
+    command += ["--device", "cpu"]
+    subprocess.run([*command, "--stop-minutes", "0"], check=True, capture_output=True)
+    first = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["counters"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as trainer:
-        deadline = time.monotonic() + 200
-        while not saved.exists() and time.monotonic() < deadline and trainer.poll() is None:
-            time.sleep(0.1)
-        os.killpg(trainer.pid, signal.SIGTERM)
-        said, _ = trainer.communicate(timeout=60)
+        try:
+            deadline = time.monotonic() + 100
+            while trainer.poll() is None and time.monotonic() < deadline:
+                started = [" ".join(child.cmdline()) for child in psutil.Process(trainer.pid).children()]
+                if any("spawn_main" in line for line in started):
+                    os.killpg(trainer.pid, signal.SIGTERM)
+                    break
+                time.sleep(0.05)
+            said, _ = trainer.communicate(timeout=100)
+        finally:
+            trainer.kill()
     assert trainer.returncode == 0
-    (tokens,) = re.findall(r"stopped at (\S+)M tokens", said)
-    counters = torch.load(saved, weights_only=True)["counters"]
-    assert counters[1] == pytest.approx(float(tokens) * 1e6, abs=1e4)
-    assert counters[0] > 0
+    assert "going on from 0.01M of 50.00M" in said
+    assert "the same command goes on" in said
+    second = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["counters"]
+    assert all(after >= before for after, before in zip(second, first, strict=True))
+
+
+def test_an_export_that_fails_leaves_the_one_before(exported: tuple[DemoModel, Path], tmp_path: Path) -> None:
+    model, directory = exported
+    out = tmp_path / "model"
+    shutil.copytree(directory, out)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(OSError, match="model: cannot be written"):
+            export(model, {"max_position_embeddings": 64}, ASSETS, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == [out]
+    for file in directory.iterdir():
+        assert (out / file.name).read_bytes() == file.read_bytes()
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the trainer train a small model and examine it little."""
     monkeypatch.setattr("hybrid.demo.shape.SIZES", SMALL)
-    monkeypatch.setattr(train, "cases", lambda encoder, split, _: cases(encoder, split, 3))
+    monkeypatch.setattr(
+        "hybrid.demo.trainer.matching.cases", lambda encoder, split, _: cases(encoder, split, 3)
+    )
 
 
 @pytest.mark.usefixtures("small")
@@ -220,7 +247,7 @@ def test_one_command_trains_goes_on_and_exports(tmp_path: Path, capsys: pytest.C
         assert not engine.logits([1, 2, 3]).equal(first)
     learnt = (tmp_path / "checkpoint.pt").read_bytes()
     shutil.rmtree(tmp_path / "model")
-    train.main(command)  # complete: exports again
+    train.main([*command, "--tokens", "5e3"])  # complete: exports again
     assert (tmp_path / "model" / "config.json").is_file()
     assert (tmp_path / "checkpoint.pt").read_bytes() == learnt
 
@@ -239,6 +266,6 @@ def test_a_run_refuses_another_tokenizer(
     (other / "tiktoken.model").write_text("\n".join(ranks) + "\n")
     command = [str(tmp_path / "run"), "--batch-tokens", "800", "--device", "cpu", "--stop-minutes", "0"]
     train.main(command)
-    monkeypatch.setattr(train, "ASSETS", other)
+    monkeypatch.setattr("hybrid.synth.ASSETS", other)
     assert failed(train.main, *command) == 2
     assert "other settings" in capsys.readouterr().err

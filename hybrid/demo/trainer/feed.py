@@ -52,11 +52,7 @@ def collate(documents: list[Encoded], next_document: int) -> Batch:
 
 def _start_worker(directory: Path) -> None:
     global _encoder
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # which go to the whole group; the trainer ends its workers
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the group; the trainer ends its workers
     _encoder = Encoder(directory)
 
 

@@ -2,12 +2,14 @@
 
 import time
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
+from threading import Event
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hybrid.demo.trainer.feed import Feed
+from hybrid.demo.trainer.feed import Batch, Feed
 from hybrid.demo.trainer.matching import Case, evaluate
 from hybrid.demo.trainer.plot import draw
 from hybrid.demo.trainer.state import Run
@@ -25,6 +27,7 @@ class Loop:
         evaluate_every: tokens between evaluations.
         save_seconds: time between saves of checkpoint.pt.
         stop_after: seconds after which to save and stop; None: at the end of the run.
+        stop: once set, save and stop after the step that runs.
     """
 
     def __init__(
@@ -36,66 +39,67 @@ class Loop:
         evaluate_every: float,
         save_seconds: float,
         stop_after: float | None,
+        stop: Event | None = None,
     ) -> None:
         self._run, self._directory, self._examined = run, directory, examined
         self._evaluate_every, self._save_seconds, self._stop_after = evaluate_every, save_seconds, stop_after
+        self._stop = stop or Event()
         self._notes: list[dict[str, float]] = []
-        self._saved = time.monotonic()
-        self._stopping = False
-
-    def stop(self) -> None:
-        """Save and stop after the step that runs; for signal handlers."""
-        self._stopping = True
+        self._began = self._saved = time.monotonic()
+        self._first = run.tokens_seen
 
     def train(self, feed: Feed) -> None:
-        """Until the run is complete, its time is up or `stop` was called.
+        """Until the run is complete, its time is up or `stop` is set.
 
         Raises:
             OSError: what was learnt last cannot be saved.
             HybridError: the run has diverged; or a process that writes data has died, and what was learnt is saved.
         """
-        run, began = self._run, time.monotonic()
-        first, total = run.tokens_seen, run.settings.tokens
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        run, columns = self._run, (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         try:
             with Progress(*columns) as bar:
-                task = bar.add_task("training", total=total, completed=first)
+                task = bar.add_task("training", total=run.settings.tokens, completed=run.tokens_seen)
                 for batch in feed.batches():
-                    before = run.tokens_seen
-                    seen = run.train(batch)
-                    self._note(seen)
-                    took = time.monotonic() - began
-                    rate = f"{(run.tokens_seen - first) / took:,.0f} tokens/s"
-                    bar.update(
-                        task, completed=run.tokens_seen, description=f"loss {seen['loss']:.4f}  {rate}"
-                    )
-                    stopping = self._stopping or (self._stop_after is not None and took > self._stop_after)
-                    crossed = run.tokens_seen // self._evaluate_every > before // self._evaluate_every
-                    examined = not stopping and (crossed or run.complete)
-                    if examined or time.monotonic() - self._saved > self._save_seconds:
-                        self._save_if_possible(bar.console)
-                    if examined:
-                        bar.console.print(self._examine(seen), rate)
+                    told, stopping = self._step(batch, bar.console)
+                    bar.update(task, completed=run.tokens_seen, description=told)
                     if stopping or run.complete:
                         break
-        except BrokenProcessPool:
-            self._save()
-            raise HybridError(
-                "a process that writes training data was ended from outside; the same command goes on"
-            ) from None
+        except BrokenProcessPool:  # a signal to stop may have gone to the whole group
+            if not self._stop.is_set():
+                self._save()
+                raise HybridError(
+                    "a process that writes training data was ended from outside; the same command goes on"
+                ) from None
         self._save()
+
+    def _step(self, batch: Batch, console: Console) -> tuple[str, bool]:
+        """Learn from a batch, save and examine when it is time. -> loss and speed; whether to stop."""
+        run, before = self._run, self._run.tokens_seen
+        seen = run.train(batch)
+        self._note(seen)
+        took = time.monotonic() - self._began
+        rate = f"{(run.tokens_seen - self._first) / took:,.0f} tokens/s"
+        stopping = self._stop.is_set() or (self._stop_after is not None and took > self._stop_after)
+        crossed = run.tokens_seen // self._evaluate_every > before // self._evaluate_every
+        examined = not stopping and (crossed or run.complete)
+        if examined or time.monotonic() - self._saved > self._save_seconds:
+            self._save_if_possible(console)
+        if examined:
+            console.print(self._examine(seen), rate)
+        return f"loss {seen['loss']:.4f}  {rate}", stopping
 
     def _save(self) -> None:
         self._flush()
         self._run.save(self._directory / "checkpoint.pt")
-        draw(self._run.history, self._directory / "loss.svg")
+        with suppress(OSError):  # a run is worth more than its picture
+            draw(self._run.history, self._directory / "loss.svg")
 
     def _save_if_possible(self, console: Console) -> None:
         """In the middle of a run a full disk is no reason to lose what is in memory."""
         try:
             self._save()
         except OSError as error:
-            console.print(f"{error}; going on, and trying again later", style="bold red")
+            console.print(f"{error}; going on, and trying again later", style="bold red", markup=False)
         self._saved = time.monotonic()
 
     def _note(self, seen: dict[str, float]) -> None:

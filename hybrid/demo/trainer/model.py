@@ -111,7 +111,11 @@ class Layer(nn.Module):
 
 
 class DemoModel(nn.Module):
-    """Embedding, decoder layers, head. Weights are drawn from torch's generator."""
+    """Embedding, decoder layers, head. Weights are drawn from torch's generator.
+
+    Raises:
+        UsageError: a config without q_lora_rank.
+    """
 
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
@@ -165,7 +169,7 @@ class DemoModel(nn.Module):
         return ops.rms_norm(x, self.norm, self.config.rms_norm_eps), seen
 
     def logits(self, token_ids: Tensor, docs: Documents) -> tuple[Tensor, Observed]:
-        """Next-token logits [T, vocab]."""
+        """token_ids int64 [T] of whole documents -> next-token logits float32 [T, vocab], and what was observed."""
         hidden, seen = self.hidden_states(token_ids, docs)
         return F.linear(hidden, self.lm_head), seen
 

@@ -105,7 +105,9 @@ class Run:
             HybridError: the run has diverged; what is saved is better.
         """
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
-            raise HybridError(f"{file}: not saved, as weights are not finite any more; lower the rates")
+            raise HybridError(
+                f"{file}: not saved, as weights are not finite any more; begin anew elsewhere, at lower rates"
+            )
         state = {
             "settings": dataclasses.asdict(self.settings),
             "config": self.config,
@@ -143,7 +145,7 @@ class Run:
             mine = dataclasses.asdict(self.settings) | {"tokens": length}
             if mine != state["settings"] or state["config"] != self.config:
                 raise UsageError(f"{file}: a run with other settings; use its settings, or another directory")
-            if tokens is not None and tokens < seen:
+            if tokens not in (None, length) and tokens < seen:
                 raise UsageError(f"{file}: has seen {seen:,} tokens; a length of {tokens:,} is less")
             self.settings = dataclasses.replace(self.settings, tokens=length if tokens is None else tokens)
             self.model.load_state_dict(state["model"])
