@@ -114,6 +114,7 @@ def test_its_likeliest_tokens_are_transformers(engine: Engine) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # transformers takes half a second a conversation
 def test_its_likeliest_tokens_are_transformers_over_many(engine: Engine) -> None:
     share, positions = agreement(engine, 400)
     print(f"{share:.5%} of {positions} positions")
