@@ -101,7 +101,7 @@ def test_framed_wordings_keep_to_their_split() -> None:
             asked = {
                 spoken(talk, p, {slot: f"{{{slot}}}" for slot in p.slots})
                 for p in tool.wordings[split]
-                for _ in range(min(p.count(), 200))
+                for _ in range(min(p.count(), 2000))
             }
             said[split] = {plainly(text) for text in asked}
         assert said["train"]
