@@ -1,4 +1,5 @@
-"""`python -m hybrid.demo.evaluate [DIR]`: examine an exported model on the sealed split, through the engine.
+"""`python -m hybrid.demo.evaluate [DIR]`: examine an exported model on the sealed split, through the engine, and print
+the tables of the README's model card.
 
 Turns are matched by teacher forcing (hybrid.demo.trainer.matching says why that is exact); the weather prompts,
 stories and jokes are really generated, greedily, and parsed as a client would get them.
@@ -14,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hybrid.default_model import DIRECTORY
+from hybrid.demo.card import card
 from hybrid.demo.data import small_talk, tool_scenes
 from hybrid.demo.data.arguments import argument
 from hybrid.demo.data.encode import Encoder
@@ -61,6 +64,8 @@ NO_CALL = {
 }
 """Kinds of turns that need no tool."""
 
+_Tokens = NDArray[np.int64]
+
 GREEDY = SamplingParams(temperature=0.0, max_tokens=400)
 SAMPLED = SamplingParams(max_tokens=400, seed=0)
 """As `hybrid chat` and the endpoint do when nothing is asked for."""
@@ -77,20 +82,20 @@ def main(argv: list[str] | None = None) -> None:
         default=DIRECTORY,
         help="an exported model (default: the one that comes with hybrid)",
     )
-    parser.add_argument("--conversations", type=int, default=800, help="sealed conversations (default 800)")
+    parser.add_argument("--conversations", type=int, default=1200, help="how many (default 1200)")
     parser.add_argument(
         "--weather", type=int, default=10, help="prompts for each weather wording (default 10)"
     )
     parser.add_argument("--split", default="sealed", choices=["dev", "sealed"])
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args(argv)
     if args.conversations < 1 or args.weather < 1:
         parser.error("--conversations and --weather are at least 1")
     try:
         with Engine.load(args.directory, device="cpu", threads=args.threads) as engine:
             figures = examine(engine, args.directory, args.split, args.conversations, args.weather)
-        print(json.dumps(figures, indent=2))
+        print(card(figures))
         if args.json is not None:
             args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     except (HybridError, OSError) as error:
@@ -107,10 +112,10 @@ def examine(engine: Engine, directory: Path, split: str, conversations: int, wea
         for i in range(conversations)
     ]
     some += [Case.of(encoder, sums) for sums in _sums(split)]
-    likely = {id(case): _argmax(engine, case) for case in some}
-    tally = exact_matches(some, lambda case: likely[id(case)])
+    likely = [_argmax(engine, case) for case in some]
+    tally = exact_matches(some, likely)
     loss, loads, reference = survey(model, some)
-    same = [np.mean(likely[id(case)] == other) for case, other in zip(some, reference, strict=True)]
+    same = [np.mean(ours == theirs) for ours, theirs in zip(likely, reference, strict=True)]
     positions = [len(case.encoded.tokens) for case in some]
     return {
         "split": split,
@@ -118,6 +123,7 @@ def examine(engine: Engine, directory: Path, split: str, conversations: int, wea
         "held_out_loss": round(loss, 4),
         "argmax_agreement_with_training_model": round(float(np.average(same, weights=positions)), 5),
         "exact_match": {kind: _share(tally, kind) for kind in tally.kinds()},
+        "chat_at_default_temperature": _sampled_chat(engine, some),
         "unwanted_calls": _unwanted_calls(encoder, some, likely),
         "expert_load_max_over_mean": [round(float(x.max() / x.mean()), 2) for x in loads],
         "dead_experts": int((loads == 0).sum()),
@@ -126,7 +132,7 @@ def examine(engine: Engine, directory: Path, split: str, conversations: int, wea
     }
 
 
-def _argmax(engine: Engine, case: Case) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _argmax(engine: Engine, case: Case) -> _Tokens:
     logits = engine.logits([int(token) for token in case.encoded.tokens])
     return logits.argmax(-1).numpy()
 
@@ -147,6 +153,21 @@ def _share(tally: Tally, kind: str) -> dict[str, Any]:
     }
 
 
+def _sampled_chat(engine: Engine, some: list[Case], at_most: int = 300) -> dict[str, Any]:
+    """Small talk as `hybrid chat` answers it."""
+    asked = [
+        (case.conversation, probe.index)
+        for case in some
+        for probe in case.conversation.probes
+        if probe.kind == "chat"
+    ][:at_most]
+    right = [
+        _reply(engine, talk.messages[:at], talk.tools, SAMPLED) == (talk.messages[at]["content"], [])
+        for talk, at in asked
+    ]
+    return {"turns": len(asked), "mean": round(sum(right) / max(len(right), 1), 4)}
+
+
 def _sums(split: str) -> Iterator[Conversation]:
     """Every sum up to 10 + 10, each a conversation of its own."""
     for a in range(11):
@@ -156,16 +177,16 @@ def _sums(split: str) -> Iterator[Conversation]:
             yield talk.done()
 
 
-def _unwanted_calls(encoder: Encoder, some: list[Case], likely: dict[int, Any]) -> dict[str, Any]:
+def _unwanted_calls(encoder: Encoder, some: list[Case], likely: list[_Tokens]) -> dict[str, Any]:
     """How often a call turns up in a turn that needs no tool, asks for one that is not there, or leaves out what
     the tool needs; tools being declared."""
     begin = encoder.tokenizer.special_ids["<|tool_calls_section_begin|>"]
     found = {"no tool needed": [0, 0], "undeclared": [0, 0], "incomplete": [0, 0]}
-    for case in some:
+    for case, tokens in zip(some, likely, strict=True):
         for probe, (first, last) in zip(case.conversation.probes, case.spans, strict=True):
             group = "no tool needed" if probe.kind in NO_CALL else probe.kind
             if case.conversation.tools and group in found:
-                found[group][0] += int((likely[id(case)][first - 1 : last - 1] == begin).any())
+                found[group][0] += int((tokens[first - 1 : last - 1] == begin).any())
                 found[group][1] += 1
     return {
         group: {"rate": round(calls / max(turns, 1), 4), "turns": turns}
@@ -186,15 +207,15 @@ def _weather(engine: Engine, split: str, each: int) -> dict[str, Any]:
             city = argument(talk.words, "city")
             talk.user(spoken(talk, pattern, {"city": city.text}))
             wanted = "", [("get_weather", {"city": city.json})]
-            sampled += _reply(engine, talk.messages, SAMPLED) == wanted
-            reply = _reply(engine, talk.messages)
+            sampled += _reply(engine, talk.messages, [CARD_TOOL], SAMPLED) == wanted
+            reply = _reply(engine, talk.messages, [CARD_TOOL])
             if reply == wanted:
                 called[pattern.line] += 1
             else:
                 failures.append([talk.messages[-1]["content"], repr(reply)])
             talk.call([(declared, {"city": city.json})], "weather", pattern.line)
             tool_scenes.answer(talk, [(declared, {"city": city.json})], "weather")
-            told += _reply(engine, talk.messages[:-1]) == (talk.messages[-1]["content"], [])
+            told += _reply(engine, talk.messages[:-1], [CARD_TOOL]) == (talk.messages[-1]["content"], [])
     trials = each * len(patterns)
     worst = min(called, key=lambda line: called[line])
     return {
@@ -209,11 +230,14 @@ def _weather(engine: Engine, split: str, each: int) -> dict[str, Any]:
 
 
 def _reply(
-    engine: Engine, messages: list[dict[str, Any]], params: SamplingParams = GREEDY
+    engine: Engine,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    params: SamplingParams = GREEDY,
 ) -> tuple[str, list[tuple[str, Any]]]:
     """What the model says, and its calls with parsed arguments (None: not JSON)."""
     text, names, arguments = "", dict[int, str](), dict[int, str]()
-    for delta in engine.chat(messages, [CARD_TOOL], params):
+    for delta in engine.chat(messages, tools, params):
         text += delta.content or ""
         for piece in delta.tool_calls:
             names.setdefault(piece.index, piece.name or "")
@@ -234,14 +258,14 @@ def _told(engine: Engine, split: str) -> dict[str, Any]:
         ("storyname", small_talk.is_story),
         ("joke", lambda text, _: text in small_talk.jokes()),
     ):
-        good, sample = 0, ""
-        for i in range(20):
+        good, trials, sample = 0, 40, ""
+        for i in range(trials):
             talk = Talk(split, Random(f"{name} {i}"))
             small_talk.chat(talk, name)
             asked = talk.messages[-1]["content"] if name == "storyname" else ""
-            sample = "".join(d.content or "" for d in engine.chat(talk.messages[:-1], None, GREEDY))
+            sample, _ = _reply(engine, talk.messages[:-1], None)
             good += judge(sample, _hero_of(asked) if asked else "")
-        found[name] = {"good": good / 20, "sample": sample}
+        found[name] = {"turns": trials, "good": good / trials, "sample": sample}
     return found
 
 

@@ -21,7 +21,7 @@ from hybrid import Engine, SamplingParams
 from hybrid.default_model import DIRECTORY
 from hybrid.demo.data.encode import Encoder
 from hybrid.demo.data.generator import conversation
-from hybrid.demo.evaluate import CARD_TOOL
+from hybrid.demo.evaluate import CARD_TOOL, examine
 from hybrid.demo.trainer.matching import Case
 from tests.reference import transformers_oracle as oracle
 
@@ -137,6 +137,23 @@ def test_experts_are_evenly_used(engine: Engine) -> None:
     for load in loads.values():
         assert load.min() > 0
         assert load.max() < 3 * load.mean()
+
+
+def test_its_examination_sees_how_good_it_is(engine: Engine) -> None:
+    """Well below what the README says, as these are few."""
+    with torch.no_grad():
+        figures = examine(engine, DIRECTORY, "dev", 12, 1)
+    exact, weather = figures["exact_match"], figures["weather"]
+    assert weather["called"] >= 0.8
+    assert weather["called_at_default_temperature"] >= 0.8
+    assert weather["told"] >= 0.8
+    assert exact["sum"]["mean"] >= 0.9
+    assert np.mean([share["mean"] for share in exact.values()]) >= 0.7
+    assert figures["chat_at_default_temperature"]["mean"] >= 0.5
+    assert figures["storyname"]["good"] >= 0.5
+    assert figures["joke"]["good"] >= 0.5
+    assert figures["held_out_loss"] < 0.2
+    assert figures["argmax_agreement_with_training_model"] > 0.999
 
 
 def test_it_calls_the_model_cards_tool(engine: Engine) -> None:

@@ -14,18 +14,22 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from hybrid import Engine
 from hybrid.config import ModelConfig
 from hybrid.demo import evaluate, train
+from hybrid.demo.card import card
 from hybrid.demo.data import small_talk
 from hybrid.demo.data.encode import Encoder
+from hybrid.demo.data.talk import Probe
 from hybrid.demo.export import export, read_back
 from hybrid.demo.shape import config_fields
-from hybrid.demo.trainer.matching import cases, exact_matches
+from hybrid.demo.trainer.matching import Case, Tally, cases, exact_matches
 from hybrid.demo.trainer.model import DemoModel
 from hybrid.demo.trainer.ops import Documents, TorchOps
 from hybrid.synth import ASSETS
@@ -105,13 +109,58 @@ def test_the_examination_has_every_figure(
     assert figures["weather"]["prompts"] == 10
     assert figures["weather"]["called"] == figures["weather"]["called_at_default_temperature"] == 0.0
     assert figures["storyname"]["good"] == figures["joke"]["good"] == 0.0
+    assert figures["chat_at_default_temperature"]["mean"] == 0.0
+    table = card(figures)
+    assert "| sums up to 10 + 10 | " in table
+    assert all(f"| {share['turns']} |" in table for share in figures["exact_match"].values())
+
+
+def right(some: list[Case]) -> list[NDArray[np.int64]]:
+    """The likeliest tokens of a model that knows every answer."""
+    return [np.roll(case.encoded.tokens.astype(np.int64), -1) for case in some]
 
 
 def test_perfect_answers_are_all_counted() -> None:
     some = cases(Encoder(ASSETS), "dev", 10)
-    tally = exact_matches(some, lambda case: torch.tensor(case.encoded.tokens.astype(int)).roll(-1).numpy())
+    tally = exact_matches(some, right(some))
     assert tally.mean() == 1.0
     assert len(tally.kinds()) > 4
+
+
+def test_only_unwanted_calls_are_counted() -> None:
+    encoder = Encoder(ASSETS)
+    some = cases(encoder, "dev", 60)
+    likely = right(some)
+    found = evaluate._unwanted_calls(encoder, some, likely)
+    assert all(group["rate"] == 0 < group["turns"] for group in found.values())  # wanted calls there are
+    turns = [
+        (likely[i], first)
+        for i, case in enumerate(some)
+        for probe, (first, _) in zip(case.conversation.probes, case.spans, strict=True)
+        if probe.kind == "undeclared"
+    ]
+    tokens, first = turns[0]
+    tokens[first - 1] = encoder.tokenizer.special_ids["<|tool_calls_section_begin|>"]
+    found = evaluate._unwanted_calls(encoder, some, likely)
+    assert found["undeclared"] == {"rate": round(1 / len(turns), 4), "turns": len(turns)}
+    assert found["no tool needed"]["rate"] == found["incomplete"]["rate"] == 0
+
+
+def test_the_worst_wording_is_the_worst_of_those_often_asked() -> None:
+    tally = Tally()
+    for wording, hits, trials in (("well", 9, 10), ("badly", 2, 5), ("hardly asked", 0, 4)):
+        for i in range(trials):
+            tally.add(Probe(0, "call", wording), i < hits)
+    tally.add(Probe(0, "sum", "other"), False)
+    share = evaluate._share(tally, "call")
+    assert (share["mean"], share["turns"], share["wordings"], share["judged"]) == (
+        round(11 / 19, 4),
+        19,
+        3,
+        2,
+    )
+    assert (share["worst"], share["worst_wording"]) == (0.4, "badly")
+    assert evaluate._share(tally, "sum")["worst"] is None
 
 
 def test_a_story_is_judged_by_its_animal_and_name() -> None:

@@ -308,17 +308,38 @@ def test_qk_clip_brings_logits_under_tau(fields: dict[str, Any], batches: list[B
     batch, tau = batches[0], 1.5
     docs = Documents.of(batch.lengths, CPU)
     before = model.hidden_states(batch.tokens, docs)[1].peaks
-    kv_before = [layer.self_attn.kv_a_proj_with_mqa.clone() for layer in model.decoder_layers()]
-    clipped = qk_clip(model, before, tau)
-    assert clipped == int((before > tau).sum())
-    assert clipped > 0
+    assert 0 < qk_clip(model, before, tau) == int((before > tau).sum())
     # Exact in the first layer, whose input the clipping does not change.
     after = model.hidden_states(batch.tokens, docs)[1].peaks
     over = before[0] > tau
     torch.testing.assert_close(after[0][over], torch.full_like(after[0][over], tau), rtol=1e-4, atol=0)
     torch.testing.assert_close(after[0][~over], before[0][~over])
-    for layer, kv in zip(model.decoder_layers(), kv_before, strict=True):
-        assert torch.equal(layer.self_attn.kv_a_proj_with_mqa, kv)  # the shared rope key stays
+
+
+def test_qk_clip_is_its_definition(fields: dict[str, Any]) -> None:
+    """Of a head whose logits peak at 2 tau, gamma = 1/2: both nope parts shrink by sqrt(gamma), the rope query by
+    gamma; values, the shared rope key, other heads and other weights stay."""
+    model = two_models(fields)[1]
+    config = model.config
+    nope, heads = config.qk_nope_head_dim, config.num_attention_heads
+    layers = len(list(model.decoder_layers()))
+    clipped = (torch.arange(layers * heads).view(layers, heads) % 3) == 1
+    assert (clipped.any(dim=1)).all()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert qk_clip(model, torch.where(clipped, 30.0, 12.0), 15.0) == int(clipped.sum())
+    for i in range(layers):
+        for name, plain, sizes, shrunk in (
+            ("q_b_proj", nope, config.qk_head_dim, (0.5**0.5, 0.5)),
+            ("kv_b_proj", nope, nope + config.v_head_dim, (0.5**0.5, 1.0)),
+        ):
+            was = before.pop(f"layers.{i}.self_attn.{name}").view(heads, sizes, -1)
+            factors = torch.ones(heads, sizes, 1)
+            factors[clipped[i], :plain], factors[clipped[i], plain:] = shrunk
+            now = dict(model.named_parameters())[f"layers.{i}.self_attn.{name}"].detach()
+            torch.testing.assert_close(now.view(was.shape), was * factors, rtol=1e-6, atol=0)
+    assert before
+    for name, was in before.items():
+        assert torch.equal(dict(model.named_parameters())[name], was), name
 
 
 def test_training_with_a_low_tau_keeps_logits_low(fields: dict[str, Any], batches: list[Batch]) -> None:
@@ -333,11 +354,13 @@ def test_balance_moves_towards_even_loads(fields: dict[str, Any]) -> None:
     model = two_models(fields)[0]
     before = [moe.bias.clone() for moe in model.moe_layers()]
     loads = torch.ones(2, 24) * 10
-    loads[:, 0], loads[:, 1] = 40, 0
+    loads[0, :2], loads[1, :2] = torch.tensor([40.0, 0.0]), torch.tensor([4.0, 12.0])
     balance(model, loads, 0.01)
-    for moe, bias in zip(model.moe_layers(), before, strict=True):
-        moved = moe.bias - bias
-        assert moved[0] < moved[2] < moved[1]
+    for moe, bias, load in zip(model.moe_layers(), before, loads, strict=True):
+        mean = float(load.mean())
+        wanted = torch.tensor([0.01 * max(-1.0, min(1.0, 1 - float(x) / mean)) for x in load])
+        assert wanted[2] != 0
+        torch.testing.assert_close(moe.bias, bias + wanted - (bias + wanted).mean(), rtol=0, atol=1e-7)
         assert abs(float(moe.bias.mean())) < 1e-6
 
 
@@ -462,7 +485,7 @@ def test_exact_match_agrees_with_greedy_decoding(fields: dict[str, Any], encoder
     checked = []
     for case in learnt + unseen:
         tally, _, _ = evaluate(model, [case])
-        probes = [p for p in case.conversation.probes if p.judge == "exact"]
+        probes = [p for p in case.conversation.probes if p.exact]
         right = 0
         for probe in probes:
             tokens, wanted = (
@@ -494,7 +517,7 @@ def test_spans_are_the_probed_turns(encoder: Encoder) -> None:
     case = Case.of(encoder, talk)
     for probe, (first, last) in zip(talk.probes, case.spans, strict=True):
         assert case.encoded.tokens[first:last].tolist() == reply_of(encoder, talk, probe.index)
-    everything = exact_matches([case], lambda c: np.append(c.encoded.tokens[1:], 0).astype(np.int64))
+    everything = exact_matches([case], [np.append(case.encoded.tokens[1:], 0).astype(np.int64)])
     assert all(hits == trials for hits, trials in everything.kinds().values())
 
 

@@ -29,6 +29,11 @@ def _count_of(words: Vocabulary) -> Value:
     return Value(NUMBER_WORDS[n] if 1 < n < len(NUMBER_WORDS) and words.rng.random() < 0.15 else str(n), n)
 
 
+def _percent(words: Vocabulary) -> Value:
+    n = words.number(0, 100)
+    return Value(str(n), n)
+
+
 def _decimal(words: Vocabulary, low: int, high: int) -> Value:
     n = words.number(low, high)
     if words.rng.random() < 0.7:
@@ -52,7 +57,7 @@ def _on_off(words: Vocabulary) -> Value:
 
 _KINDS: dict[str, Any] = {
     "count": _count_of,
-    "percent": lambda words: (lambda n: Value(str(n), n))(words.number(0, 100)),
+    "percent": _percent,
     "amount": lambda words: _decimal(words, 1, words.rng.choice([20, 999])),
     "degrees": lambda words: _decimal(words, 5, 30),
     "onoff": _on_off,

@@ -63,7 +63,7 @@ class Pattern:
     def unsaid(self, text: str) -> str:
         """A text of this wording with the words it was given taken out again."""
         for name, word in self._words.items():
-            text = text.replace(word, name)
+            text = re.sub(rf"\b{re.escape(word)}\b", name, text)
         return text
 
     def count(self) -> int:
@@ -204,6 +204,11 @@ def move_slot(text: str, rng: Random, *, free_text: bool = False) -> str:
     return rng.choice(_PLAIN if free_text else _PLAIN + _SPOKEN).format(
         h=head.lstrip(",:;-. "), v=found["slot"]
     )
+
+
+def with_articles(text: str) -> str:
+    """With "an" for "a" where a vowel follows."""
+    return re.sub(r"\b([Aa]) (?=[aeio]|u(?!ni|s[aei]))", r"\1n ", text)
 
 
 def fill(text: str, values: dict[str, str]) -> str:

@@ -3,7 +3,7 @@
 from functools import cache
 from random import Random
 
-from hybrid.demo.data.grammar import Pattern, all_wordings, blocks
+from hybrid.demo.data.grammar import Pattern, all_wordings, blocks, with_articles
 from hybrid.demo.data.toolbox import Parameter, Tool
 from hybrid.demo.data.vocabulary import Vocabulary, split_of
 
@@ -48,7 +48,7 @@ def novel_tool(split: str, rng: Random) -> Tool:
         names = [form.format(noun) for form in _FETCH_NAMES]
         about = [
             f"Get the {spoken}.",
-            f"Returns the {spoken} of a {_SUBJECTS[kind][0]}.",
+            with_articles(f"Returns the {spoken} of a {_SUBJECTS[kind][0]}."),
             f"Look up the {spoken}",
             f"{spoken} lookup",
         ]
@@ -60,10 +60,10 @@ def novel_tool(split: str, rng: Random) -> Tool:
         )
     else:
         act, thing = _act(split, rng)
-        a = "an" if thing[0] in "aeiou" and thing != "user" else "a"
         root, kind = f"{act} {thing}", rng.choice(["word", "code", "person", "company", "title"])
         names = [form.format(act, thing) for form in _ACT_NAMES]
-        about = [f"{act.capitalize()} {a} {thing}.", f"Used to {act} {a} {thing}", f"{act} {thing}"]
+        a_thing = with_articles(f"a {thing}")
+        about = [f"{act.capitalize()} {a_thing}.", f"Used to {act} {a_thing}", f"{act} {thing}"]
         wordings = _wordings("act", ACT=act, OBJECT=thing)
         keys, result, answer = [], "ok", f"Done: {act} {thing} {{key}}."
     own = _SUBJECTS.get(kind, ["name"])

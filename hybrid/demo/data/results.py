@@ -44,22 +44,19 @@ def result(talk: Talk, target: Declared, values: dict[str, Any]) -> tuple[str, s
     drawn = _computed(talk, tool.key, values) or talk.words.text(tool.result_kind)
     sentence = fill(tool.answer, {**said, "result": drawn})
     value: Any = drawn
-    if drawn.isdigit() and talk.chance(0.7):
+    if drawn.isdigit() and str(int(drawn)) == drawn and talk.chance(0.7):
         value = int(drawn)
     elif tool.result_kind == "money" and talk.chance(0.5) and str(float(drawn)) == drawn:
         value = float(drawn)
     if talk.chance(0.2):
         return drawn, sentence
     result = {rng.choice(tool.result_keys): value}
-    if talk.chance(0.25):
+    if "status" not in result and talk.chance(0.25):
         result = {**result, "status": "ok"} if talk.chance(0.5) else {"status": "ok", **result}
     if talk.chance(0.25):
         echo = {target.names[label]: v for label, v in values.items()}
-        result = (
-            {**echo, **{k: v for k, v in result.items() if k not in echo}}
-            if not set(echo) & set(result)
-            else result
-        )
+        if not set(echo) & set(result):
+            result = {**echo, **result}
     return _dumps(talk, result), sentence
 
 
@@ -102,7 +99,8 @@ def _weather(talk: Talk, city: str) -> tuple[str, str]:
     warm: Any = degrees
     told = f"{degrees} degrees"
     if talk.chance(0.3):
-        warm = told = f"{degrees}{rng.choice(['°C', ' C', ' degrees', '°F', '°'])}"
+        marks = ["°C", " C", " degrees", "°", "°" if temperature.endswith("_c") else "°F"]
+        warm = told = f"{degrees}{rng.choice(marks)}"
     roll = rng.random()
     if roll < 0.3:
         content: Any = {condition: written}
@@ -125,7 +123,8 @@ def _weather(talk: Talk, city: str) -> tuple[str, str]:
         return content, sentence
     if talk.chance(0.25):
         extra: Any = rng.choice(
-            [{"humidity": rng.randint(20, 99)}, {"wind": f"{rng.randint(1, 60)} km/h"}, {"unit": "celsius"}]
+            [{"humidity": rng.randint(20, 99)}, {"wind": f"{rng.randint(1, 60)} km/h"}]
+            + ([] if "F" in told else [{"unit": "celsius"}])
         )
         content = {**content, **extra} if talk.chance(0.7) else {**extra, **content}
     if talk.chance(0.25):

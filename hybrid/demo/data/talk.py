@@ -9,6 +9,7 @@ from random import Random
 from typing import Any
 
 from hybrid.demo.data.grammar import (
+    SLOT,
     Pattern,
     blocks,
     by_split,
@@ -26,15 +27,13 @@ from hybrid.demo.data.vocabulary import Vocabulary
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """An assistant message that can be examined: where it is, what it shows, and the wording that asked for it.
-
-    `judge` names how a reply is judged: "exact", or "story" and "joke", which have many right answers.
-    """
+    """An assistant message that can be examined: where it is, what it shows, the wording that asked for it, and
+    whether it is the one right answer (of stories and jokes there are many)."""
 
     index: int
     kind: str
     wording: str
-    judge: str = "exact"
+    exact: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +93,15 @@ class Talk:
 
     def _sentence(self, place: str) -> str:
         text = self.pick(_around(place)).sample(self.rng)
-        values = {slot: self.words.text(slot) for slot in slots_of(text)}
+        drawn = [self.words.text(slot) for slot in slots_of(text)]
         for told, fact in _TOLD.items():
-            if found := re.search(told, text):
-                self.facts[fact] = values[found[1]]
-        return fill(text, values)
+            if re.match(told, text):
+                self.facts[fact] = drawn[0]
+        left = iter(drawn)
+        return SLOT.sub(lambda _: next(left), text)
 
-    def says(self, text: str, kind: str, wording: str, judge: str = "exact") -> None:
-        self.probes.append(Probe(len(self.messages), kind, wording, judge))
+    def says(self, text: str, kind: str, wording: str, *, exact: bool = True) -> None:
+        self.probes.append(Probe(len(self.messages), kind, wording, exact))
         self.messages.append({"role": "assistant", "content": text})
 
     def call(self, calls: list[tuple[Declared, dict[str, Any]]], kind: str, wording: str) -> None:
@@ -131,8 +131,8 @@ class Talk:
         return Conversation(self.messages, tools, self.probes)
 
 
-_TOLD = {r"^(?:I am|I'm|My name is) \{(person)\}": "name", r"^(?:I|We) (?:like|love) \{(topic)\}": "like"}
-"""What sentences around a request tell, and may be asked for later."""
+_TOLD = {r"(?:I am|I'm|My name is) \{person\}": "name", r"(?:I|We) (?:like|love) \{topic\}": "like"}
+"""What the first slot of a sentence around a request tells, and may be asked for later."""
 
 
 @cache

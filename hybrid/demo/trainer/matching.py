@@ -4,7 +4,6 @@ Greedy decoding gives exactly the wanted turn if and only if, with the wanted tu
 the most likely one. So one forward pass over a conversation examines all of its turns.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
@@ -65,14 +64,13 @@ class Tally:
         return float(np.mean([hits / trials for hits, trials in self.kinds().values()]))
 
 
-def exact_matches(some: list[Case], argmax: Callable[[Case], NDArray[np.int64]]) -> Tally:
-    """Which turns of the cases come out exactly, given the most likely next token at every position."""
+def exact_matches(some: list[Case], likely: list[NDArray[np.int64]]) -> Tally:
+    """Which turns of the cases come out exactly, given each case's most likely next token at every position."""
     tally = Tally()
-    for case in some:
-        likely = argmax(case)
+    for case, tokens in zip(some, likely, strict=True):
         for probe, (first, last) in zip(case.conversation.probes, case.spans, strict=True):
-            if probe.judge == "exact":
-                hit = np.array_equal(likely[first - 1 : last - 1], case.encoded.tokens[first:last])
+            if probe.exact:
+                hit = np.array_equal(tokens[first - 1 : last - 1], case.encoded.tokens[first:last])
                 tally.add(probe, bool(hit))
     return tally
 
@@ -106,5 +104,4 @@ def survey(
 def evaluate(model: DemoModel, some: list[Case]) -> tuple[Tally, float, Tensor]:
     """Exact matches, mean loss and expert loads of a model in training."""
     loss, loads, likely = survey(model, some)
-    by_case = dict(zip(map(id, some), likely, strict=True))
-    return exact_matches(some, lambda case: by_case[id(case)]), loss, loads
+    return exact_matches(some, likely), loss, loads

@@ -22,7 +22,8 @@ _STACK_PART = 192
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """Singular values of each matrix of x [B,n,m] brought near 1 (0.7 to 1.2) by Newton-Schulz, as Muon does."""
+    """Singular values of each matrix of x [B,n,m] brought near 1 (mostly 0.7 to 1.2; those that were next to nothing
+    stay lower) by Newton-Schulz, as Muon does."""
     a, b, c = NEWTON_SCHULZ
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     tall = x.shape[1] > x.shape[2]
