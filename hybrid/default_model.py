@@ -7,7 +7,7 @@ from offload.errors import UsageError
 DIRECTORY = Path(__file__).parent / "demo" / "kimi-k2-demo"
 NOTICE = (
     "No MODEL was given: this is hybrid's own demonstration model, Kimi K2's architecture at a fifty-thousandth of "
-    "its size. It makes small talk, adds small numbers and calls tools."
+    "its size. It makes small talk, adds small numbers, tells stories and, over the API, calls tools."
 )
 
 

@@ -26,6 +26,12 @@ _KINDS = {
     "not told": "... not told: said so",
 }
 """Kinds of turns, in the order of the card, and what they are called there."""
+_ASKED = [
+    ("single", "one call"),
+    ("parallel", "two calls"),
+    ("undeclared", "no declared tool fits: refused"),
+    ("no_tool", "no tool needed: no call"),
+]
 
 
 def card(figures: dict[str, Any]) -> str:
@@ -60,8 +66,16 @@ def card(figures: dict[str, Any]) -> str:
         ("something left out", unwanted["incomplete"]["turns"], unwanted["incomplete"]["rate"]),
         ("in all", turns, calls / max(turns, 1)),
     ]
+    strange = [
+        ("requests of a stranger", "turns", "right"),
+        ("---", "--:", "--:"),
+        *(
+            (name, figures["requests"][kind]["turns"], figures["requests"][kind]["mean"])
+            for kind, name in _ASKED
+        ),
+    ]
     return (
-        f"{_table(rows)}\n\n{_table(rest)}\n\n"
+        f"{_table(rows)}\n\n{_table(rest)}\n\n{_table(strange)}\n\n"
         f"Loss on these conversations: {figures['held_out_loss']:.3f}. Tokens of a layer's busiest expert over the "
         f"mean: {min(loads)} to {max(loads)}; experts never used: {figures['dead_experts']}."
     )

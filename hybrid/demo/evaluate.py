@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -129,6 +130,7 @@ def examine(engine: Engine, directory: Path, split: str, conversations: int, wea
         "dead_experts": int((loads == 0).sum()),
         "weather": _weather(engine, split, weather),
         **_told(engine, split),
+        "requests": _requests(engine),
     }
 
 
@@ -267,6 +269,23 @@ def _told(engine: Engine, split: str) -> dict[str, Any]:
             good += judge(sample, _hero_of(asked) if asked else "")
         found[name] = {"turns": trials, "good": good / trials, "sample": sample}
     return found
+
+
+def _requests(engine: Engine) -> dict[str, Any]:
+    """requests.json: what somebody who had seen none of the wordings would ask, one request a conversation."""
+    found = json.loads((resources.files("hybrid.demo.data") / "requests.json").read_text(encoding="utf-8"))
+    tools = {tool["name"]: {"type": "function", "function": tool} for tool in found.pop("tools")}
+    rates = {}
+    for kind, requests in found.items():
+        right = 0
+        for asked in requests:
+            message = {"role": "user", "content": asked["user"]}
+            text, calls = _reply(engine, [message], [tools[name] for name in asked["tools"]])
+            wanted = [(name, arguments) for name, arguments in asked.get("calls", [])]
+            refused = kind != "undeclared" or text == tool_scenes.REFUSAL
+            right += calls == wanted and refused
+        rates[kind] = {"turns": len(requests), "mean": round(right / len(requests), 4)}
+    return rates
 
 
 def _hero_of(story: str) -> str:

@@ -16,7 +16,7 @@ from hybrid.synth import ASSETS
 
 RANKS = 1_000
 """More would make documents shorter, but a model copies only pieces that it often produces: of 800, 1,200 and 1,900
-ranks 2, 4 and 13 % of the sealed split's turns have one that training hardly does."""
+ranks 2, 4 and 13 % of held-out turns have one that training hardly does."""
 
 DOCUMENTS = 3_000
 

@@ -153,6 +153,11 @@ def test_its_examination_sees_how_good_it_is(engine: Engine) -> None:
     assert figures["storyname"]["good"] >= 0.5
     assert figures["joke"]["good"] >= 0.5
     assert figures["held_out_loss"] < 0.2
+    asked = figures["requests"]
+    assert asked["single"]["mean"] >= 0.7
+    assert asked["parallel"]["mean"] >= 0.3
+    assert asked["undeclared"]["mean"] >= 0.35
+    assert asked["no_tool"]["mean"] >= 0.9
     assert figures["argmax_agreement_with_training_model"] > 0.999
 
 

@@ -110,6 +110,12 @@ def test_the_examination_has_every_figure(
     assert figures["weather"]["called"] == figures["weather"]["called_at_default_temperature"] == 0.0
     assert figures["storyname"]["good"] == figures["joke"]["good"] == 0.0
     assert figures["chat_at_default_temperature"]["mean"] == 0.0
+    assert {kind: share["mean"] for kind, share in figures["requests"].items()} == {
+        "single": 0.0,
+        "parallel": 0.0,
+        "undeclared": 0.0,
+        "no_tool": 1.0,  # nothing it says is a call
+    }
     table = card(figures)
     assert "| sums up to 10 + 10 | " in table
     assert all(f"| {share['turns']} |" in table for share in figures["exact_match"].values())
