@@ -235,11 +235,11 @@ def _reply(
     engine: Engine,
     messages: list[dict[str, Any]],
     tools: list[dict[str, Any]] | None,
-    params: SamplingParams = GREEDY,
+    params: SamplingParams | None = None,
 ) -> tuple[str, list[tuple[str, Any]]]:
     """What the model says, and its calls with parsed arguments (None: not JSON)."""
     text, names, arguments = "", dict[int, str](), dict[int, str]()
-    for delta in engine.chat(messages, tools, params):
+    for delta in engine.chat(messages, tools, params or GREEDY):
         text += delta.content or ""
         for piece in delta.tool_calls:
             names.setdefault(piece.index, piece.name or "")
