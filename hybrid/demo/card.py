@@ -11,6 +11,7 @@ _KINDS = {
     "follow-up": 'the same call for something else ("and in Rome?")',
     "incomplete": "what a call needs is left out: asked for",
     "undeclared": "no declared tool fits: refused",
+    "near miss": "... but one does something near: refused",
     "without tools": "a tool's work, without any tools: refused",
     "tools": "the declared tools named",
     "chat": "small talk",
@@ -63,6 +64,7 @@ def card(figures: dict[str, Any]) -> str:
         ("---", "--:", "--:"),
         ("no tool needed", unwanted["no tool needed"]["turns"], unwanted["no tool needed"]["rate"]),
         ("no declared tool fits", unwanted["undeclared"]["turns"], unwanted["undeclared"]["rate"]),
+        ("something near to what a tool does", unwanted["near miss"]["turns"], unwanted["near miss"]["rate"]),
         ("something left out", unwanted["incomplete"]["turns"], unwanted["incomplete"]["rate"]),
         ("in all", turns, calls / max(turns, 1)),
     ]

@@ -183,7 +183,7 @@ def _unwanted_calls(encoder: Encoder, some: list[Case], likely: list[_Tokens]) -
     """How often a call turns up in a turn that needs no tool, asks for one that is not there, or leaves out what
     the tool needs; tools being declared."""
     begin = encoder.tokenizer.special_ids["<|tool_calls_section_begin|>"]
-    found = {"no tool needed": [0, 0], "undeclared": [0, 0], "incomplete": [0, 0]}
+    found = {"no tool needed": [0, 0], "undeclared": [0, 0], "near miss": [0, 0], "incomplete": [0, 0]}
     for case, tokens in zip(some, likely, strict=True):
         for probe, (first, last) in zip(case.conversation.probes, case.spans, strict=True):
             group = "no tool needed" if probe.kind in NO_CALL else probe.kind

@@ -349,6 +349,71 @@ def test_undeclared_tools_are_refused(some: list[Conversation]) -> None:
     assert all(m["content"] == REFUSAL and "tool_calls" not in m for m in refusals)
 
 
+def test_near_misses_are_refused_and_no_tools_work(some: list[Conversation]) -> None:
+    """They share nothing with the other splits' nor with what any written tool, or small talk, is asked."""
+    refused = [t.messages[p.index] for t in some for p in t.probes if p.kind == "near miss"]
+    assert len(refused) > 5
+    assert all(m["content"] == REFUSAL and "tool_calls" not in m for m in refused)
+    asked: dict[str, str] = {}
+    for file in ("tools.txt", "chat.txt", "facts.txt", "numbers.txt"):
+        for block in blocks(file):
+            name = " ".join(block.get("tool", block.get("intent", ["other"])))
+            for split in ("dev", "sealed"):
+                for line in block.get(split, []):
+                    asked.update((text, name) for text in every(line))
+            asked.update((text, name) for text in said_to(block, of_tool="tool" in block))
+    near: dict[str, set[str]] = {split: set() for split in SPLITS}
+    for tool in written_tools():
+        assert tool.near["train"], tool.key
+        for split in SPLITS:
+            said = set().union(*(every(pattern.line) for pattern in tool.near[split]))
+            assert not said & set(asked), (tool.key, {text: asked[text] for text in said & set(asked)})
+            near[split] |= said
+    assert near["train"].isdisjoint(near["dev"] | near["sealed"]), near["train"] & (
+        near["dev"] | near["sealed"]
+    )
+
+
+def test_plain_wordings_are_trainings_alone() -> None:
+    """They ask for what their tool needs, and never only in another split's words."""
+    said = {plainly(w) for t in written_tools() for split in ("dev", "sealed") for p in t.wordings[split]
+            for w in [p.sample(Random(i)) for i in range(min(p.count(), 50))]}  # fmt: skip
+    for tool in written_tools():
+        assert len(tool.plain) >= 15, tool.key
+        required = {p.label for p in tool.required}
+        known = {p.label for p in tool.parameters}
+        for pattern in tool.plain:
+            assert required <= pattern.slots <= known, (tool.key, pattern.line)
+            wordings = {plainly(pattern.sample(Random(i))) for i in range(pattern.count() * 3)}
+            assert wordings - said, (tool.key, pattern.line)
+    for split in ("dev", "sealed"):
+        assert not any(
+            p.wording.split(": ")[-1] in {w.line for t in written_tools() for w in t.plain}
+            for talk in conversations(split, 3, 100)
+            for p in talk.probes
+            if p.kind == "call"
+        )
+
+
+def test_several_values_at_once_are_told_apart() -> None:
+    """A request for several values of one argument makes a call of each, with the same other arguments."""
+    shapes = Counter()
+    for i in range(300):
+        talk = Talk(
+            "train", Random(i), declared=[declare(tool := Random(i).choice(written_tools()), Random(i))]
+        )
+        tool_scenes.parallel(talk, answered=False)
+        calls = [json.loads(c["function"]["arguments"]) for c in talk.messages[1]["tool_calls"]]
+        if len(calls) == 1:
+            assert "parallel" not in {p.kind for p in talk.probes}
+            continue
+        differing = {key for one in calls for key in one if len({json.dumps(c.get(key)) for c in calls}) > 1}
+        shapes[len(differing) == 1, len(tool.required) > 1] += 1
+        assert len({json.dumps(c) for c in calls}) == len(calls)
+    assert shapes[True, True] > 3
+    assert shapes[True, False] > 10
+
+
 def test_all_kinds_occur_in_all_splits() -> None:
     kinds = [{p.kind for t in conversations(split, 2, 500) for p in t.probes} for split in SPLITS]
     assert kinds[0] == kinds[1] == kinds[2]
@@ -504,7 +569,7 @@ def every(line: str) -> set[str]:
 
 
 def raw_lines(block: dict[str, list[str]]) -> list[str]:
-    lines = [line for kind in ("train", "do", "thing", "want") for line in block.get(kind, [])]
+    lines = [line for kind in ("train", "do", "thing", "want", "plain") for line in block.get(kind, [])]
     return [line for line in lines if Pattern(line).count() <= 20_000]
 
 
@@ -543,6 +608,7 @@ def test_what_training_says_to_a_request_can_be_known_from_it() -> None:
     known = {
         ("add", "add_numbers"),
         ("add", "calculate"),
+        ("dontknow", "calculate"),  # "what is gravity", "what is 3 * 4"
         ("dontknow", "define_word"),
         ("dontknow", "get_recipe"),
         ("lists", "send_message"),  # "write two colours", "write Anna: good night"

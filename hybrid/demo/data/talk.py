@@ -147,6 +147,10 @@ def spoken(
     return fill(worded(talk, pattern, loosely=loosely, begins=begins), values)
 
 
+_UNQUOTED = 0.4
+"""How often training leaves out the quotes around what a request hands over, as most people do."""
+
+
 def worded(
     talk: Talk,
     pattern: Pattern,
@@ -172,6 +176,8 @@ def worded(
             text = loosen(text, talk.rng)
         if talk.chance(loosely):
             text = move_slot(text, talk.rng, free_text=free_text)
+        if telling is not None and talk.chance(_UNQUOTED):
+            text = re.sub(r'"(\{[a-z_]+\})"', r"\1", text)
         while plainly(pattern.unsaid(text)) in _held_out():
             text = pattern.sample(talk.rng)
     if talk.chance(0.6):

@@ -3,12 +3,12 @@
 from typing import Any, NamedTuple
 
 from hybrid.demo.data import small_talk
-from hybrid.demo.data.arguments import argument
-from hybrid.demo.data.grammar import fill, last_slot
+from hybrid.demo.data.arguments import Value, argument
+from hybrid.demo.data.grammar import Pattern, fill, last_slot
 from hybrid.demo.data.made_up import novel_tool
 from hybrid.demo.data.results import result
 from hybrid.demo.data.talk import Talk, spoken, worded
-from hybrid.demo.data.toolbox import Declared, Tool, declare, written_tools
+from hybrid.demo.data.toolbox import Declared, Parameter, Tool, declare, written_tools
 
 REFUSAL = "Sorry, I have no tool for that."
 _CONFUSABLE = [
@@ -23,7 +23,12 @@ KNOWING = {"search_web", "define_word", "get_recipe"}
 RECKONING = {"calculate", "add_numbers"}
 """Tools that answer what small talk otherwise does."""
 _SEARCHES = "search_web"  # would do for almost any request
-_LISTABLE = {"city", "company", "person", "dish", "code"}
+_AGAIN = {"city", "company", "person", "dish", "code"}
+"""Kinds of which a tool's one argument is asked for again ("and in Rome?")."""
+_LISTABLE = _AGAIN | {"room", "word", "item", "language", "contact"}
+"""Kinds of which a request may name several ("in Rome and Oslo")."""
+_PLAINLY = 0.25
+"""How often training asks in a tool's most ordinary wordings."""
 
 
 def _clash(a: Tool, b: Tool) -> bool:
@@ -61,19 +66,27 @@ class Request(NamedTuple):
 def request(talk: Talk, target: Declared, *, listed: int = 1, begins: bool = True) -> Request:
     """A request for a declared tool.
 
-    `begins`: it stands at the beginning of a sentence. `listed` > 1 asks for that many values of the tool's one
-    argument at once ("in Rome and Oslo").
+    `begins`: it stands at the beginning of a sentence. `listed` > 1 asks for that many values of one of the tool's
+    arguments at once ("in Rome and Oslo"), the others being the same.
     """
     required = {p.label for p in target.tool.required}
-    pattern = talk.pick(target.tool.wordings, lambda p: required <= p.slots <= set(target.names))
+
+    def usable(pattern: Pattern) -> bool:
+        return required <= pattern.slots <= set(target.names)
+
+    plain = [p for p in target.tool.plain if usable(p)]
+    if talk.split == "train" and plain and talk.chance(_PLAINLY):
+        pattern = talk.rng.choice(plain)
+    else:
+        pattern = talk.pick(target.tool.wordings, usable)
     values = {
         p.label: argument(talk.words, p.kind) for p in target.tool.parameters if p.label in pattern.slots
     }
     texts = {label: value.text for label, value in values.items()}
     calls = [{label: value.json for label, value in values.items()}]
     if listed > 1:
-        first = target.tool.required[0]
-        more = [argument(talk.words, first.kind) for _ in range(listed)]
+        first = talk.rng.choice(_listable(target.tool))
+        more = _different(talk, first.kind, listed)
         names = [value.text for value in more]
         joint = talk.rng.choice([" and ", " and ", " and also "])
         texts[first.label] = ", ".join(names[:-1]) + joint + names[-1]
@@ -81,6 +94,21 @@ def request(talk: Talk, target: Declared, *, listed: int = 1, begins: bool = Tru
     free = target.tool.open_ended
     said = worded(talk, pattern, loosely=0.13, begins=begins, open_ended=free, telling=target.tool.telling)
     return Request(fill(said, texts), calls, pattern.line, last_slot(said.rstrip("?.! ")) in free)
+
+
+def _listable(tool: Tool) -> list[Parameter]:
+    alone = len(tool.required) == 1
+    return [p for p in tool.required if p.kind in _LISTABLE or (alone and p.kind == "count")]
+
+
+def _different(talk: Talk, kind: str, count: int) -> list[Value]:
+    """Values of a kind that nobody could take for one another, or for two."""
+    found: list[Value] = []
+    while len(found) < count:
+        value = argument(talk.words, kind)
+        if " and " not in value.text and value.json not in [other.json for other in found]:
+            found.append(value)
+    return found
 
 
 def answer(talk: Talk, calls: list[tuple[Declared, dict[str, Any]]], wording: str) -> None:
@@ -107,7 +135,7 @@ def single(talk: Talk, target: Declared, *, answered: bool) -> None:
         return
     answer(talk, calls, target.tool.key)
     first = target.tool.required[0]
-    if len(target.tool.required) == 1 and first.kind in _LISTABLE and talk.chance(0.25):
+    if len(target.tool.required) == 1 and first.kind in _AGAIN and talk.chance(0.25):
         value = argument(talk.words, first.kind)
         where = " in" if first.kind == "city" and talk.chance(0.6) else ""
         talk.user(
@@ -122,18 +150,19 @@ def single(talk: Talk, target: Declared, *, answered: bool) -> None:
 def parallel(talk: Talk, *, answered: bool) -> None:
     """Two or three calls at once: of one tool, or of two."""
     rng = talk.rng
-    listable = [
-        d for d in talk.declared if len(d.tool.required) == 1 and d.tool.required[0].kind in _LISTABLE
-    ]
-    if listable and (len(talk.declared) < 2 or talk.chance(0.6)):
+    listable = [d for d in talk.declared if _listable(d.tool)]
+    if listable and (len(talk.declared) < 2 or talk.chance(0.5)):
         target = rng.choice(listable)
         listing = request(talk, target, listed=rng.choice([2, 2, 2, 3]))
         text, wording, more = listing.text, f"{target.tool.key}: {listing.wording}", not listing.open_ended
         calls = [(target, values) for values in listing.calls]
-    elif len(talk.declared) >= 2:
-        chosen = rng.sample(talk.declared, 2)
+    elif len(talk.declared) >= 2 or talk.chance(0.7):
+        chosen = rng.sample(talk.declared, 2) if len(talk.declared) >= 2 and talk.chance(0.85) else []
+        chosen = chosen or [rng.choice(talk.declared)] * 2
         asked = [request(talk, chosen[0])]
-        joints = [". ", ". Also, "] + [" and ", ", and ", " and also "] * (not asked[0].open_ended)
+        joints = [". ", ". Also, ", "; "]
+        if not asked[0].open_ended:
+            joints += [" and ", " and ", ", and ", " and also ", ", then ", " and then ", " and after that "]
         joint = rng.choice(joints)
         asked.append(request(talk, chosen[1], begins=joint == ". "))
         (one, two), more = (each.text for each in asked), not asked[1].open_ended
@@ -167,6 +196,17 @@ def undeclared(talk: Talk) -> None:
     """A request for a tool that is not there: a polite refusal."""
     rng = talk.rng
     if any(d.tool.key == _SEARCHES for d in talk.declared):
+        return
+    near = [(d, pattern) for d in talk.declared for pattern in d.tool.near.get(talk.split, [])]
+    if near and talk.chance(0.3):
+        target, pattern = rng.choice(near)
+        values = {
+            p.label: argument(talk.words, p.kind).text
+            for p in target.tool.parameters
+            if p.label in pattern.slots
+        }
+        talk.user(spoken(talk, pattern, values, loosely=0.1), around=0.2, more=False)
+        talk.says(REFUSAL, "near miss", f"{target.tool.key}: {pattern.line}")
         return
     while True:
         tool = novel_tool(talk.split, rng) if talk.chance(0.25) else rng.choice(written_tools())

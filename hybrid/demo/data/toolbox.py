@@ -11,7 +11,8 @@ from random import Random
 from typing import Any
 
 from hybrid.demo.data.arguments import SCHEMAS
-from hybrid.demo.data.grammar import Pattern, all_wordings, blocks
+from hybrid.demo.data.grammar import SPLITS, Pattern, all_wordings, blocks
+from hybrid.demo.data.vocabulary import split_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Tool:
     """What a tool may be called, takes, returns, and how people ask for it.
 
     `result`: keys its result may have, kind of the value, and the answer; keys empty: an action that only
-    succeeds or fails.
+    succeeds or fails. `plain`: training's most ordinary wordings, which come up more often than the others;
+    `near`: by split, requests that sound like the tool's and are not.
     """
 
     names: list[str]
@@ -42,6 +44,8 @@ class Tool:
     answer: str
     wordings: dict[str, list[Pattern]]
     missing: list[Pattern] = field(default_factory=list)
+    plain: list[Pattern] = field(default_factory=list)
+    near: dict[str, list[Pattern]] = field(default_factory=dict)
     novel_root: str = ""
 
     @property
@@ -117,6 +121,8 @@ def _read(block: dict[str, list[str]]) -> Tool:
     return Tool(
         block["tool"][0].split("/"), block["about"][0].split(" / "), parameters,
         [k for k in keys.split("/") if k], kind, answer, all_wordings(block, of_tool=True, open_ended=_open_ended(parameters)), missing,
+        [Pattern(line) for line in block.get("plain", [])],
+        {split: [Pattern(line) for line in block.get("near", []) if split_of(line) == split] for split in SPLITS},
     )  # fmt: skip
 
 

@@ -295,11 +295,17 @@ class Vocabulary:
         return " ".join(self._own(lambda: self._invented(1, 2)) for _ in range(self.rng.randint(1, 3)))
 
     def _expression(self) -> str:
-        n = [str(self.number(1, 99)) for _ in range(3)]
-        form = self.rng.choice(
-            ["{} + {}", "{} - {}", "{} * {}", "{} / {}", "{}+{}", "{}*{}", "({} + {}) * {}", "{} + {} + {}"]
+        rng = self.rng
+        n = [str(self.number(1, rng.choice([99, 99, 999]))) for _ in range(4)]
+        if rng.random() < 0.15:
+            n[0] = f"{n[0]}.{rng.randint(1, 9)}"
+        form = rng.choice(
+            [
+                *("{} @ {}", "{} @ {}", "{} @ {}", "{}@{}", "({} @ {}) @ {}", "{} @ ({} @ {})"),
+                *("{} @ {} @ {}", "({} @ {}) @ ({} @ {})"),
+            ]
         )
-        return form.format(*n)
+        return re.sub("@", lambda _: rng.choice("+-*/"), form).format(*n)
 
     def _room(self) -> str:
         return self.rng.choice(ROOMS.split()).replace("_", " ")
