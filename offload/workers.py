@@ -210,14 +210,14 @@ def _make_room(control: int, lanes: int) -> None:
         return
     for lane in range(1, lanes):
         its = _lane_word(control, lane, CPU)
-        if atomic_load(its) == cpu:
+        thread = atomic_load(_lane_word(control, lane, THREAD))
+        if atomic_load(its) == cpu and thread > 0:  # 0: not begun yet, and to the system the caller itself
             free = atomic_load(mine)
             atomic_store(its, free)
             atomic_store(mine, cpu)
             mask = carray(as_pointer(control + 8 * CPU_MASK, types.uint8), MAX_CPUS // 8)
             mask[:] = 0
             mask[free // 8] = 1 << (free % 8)
-            thread = atomic_load(_lane_word(control, lane, THREAD))
             system_call(_SCHED_SETAFFINITY, thread, MAX_CPUS // 8, control + 8 * CPU_MASK, 0)
             return
 

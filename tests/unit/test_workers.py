@@ -1,5 +1,6 @@
 """Worker threads: what a run does, and what happens when something goes wrong. The awkward cases run in a child."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -186,6 +187,15 @@ def test_a_forked_child_is_told_and_the_parent_goes_on() -> None:
     assert "parent fine" in child.stdout, child
 
 
+def test_the_caller_may_run_anywhere_however_early_it_calls() -> None:
+    before, job = os.sched_getaffinity(0), compile_job(refuse)
+    for _ in range(150):  # a worker that has not begun yet cannot be moved out of the caller's way
+        workers = Workers(2)
+        workers.run(job.address, 5)
+        workers.close()
+        assert os.sched_getaffinity(0) == before
+
+
 def test_ctrl_c_leaves_the_workers_usable() -> None:
     child = run_child(
         """
@@ -193,6 +203,7 @@ def test_ctrl_c_leaves_the_workers_usable() -> None:
         from tests.unit.test_workers import refuse
         from offload.kernels.jit import compile_job
         from offload.workers import Workers
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         workers, job = Workers(2), compile_job(refuse)
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         try:
