@@ -7,6 +7,7 @@ stories and jokes are really generated, greedily, and parsed as a client would g
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Iterator
 from importlib import resources
@@ -83,7 +84,12 @@ def main(argv: list[str] | None = None) -> None:
         default=DIRECTORY,
         help="an exported model (default: the one that comes with hybrid)",
     )
-    parser.add_argument("--conversations", type=int, default=1200, help="how many (default 1200)")
+    parser.add_argument(
+        "--conversations",
+        type=int,
+        default=1200,
+        help="how many, and the most of stories and of each kind of request (default 1200)",
+    )
     parser.add_argument(
         "--weather", type=int, default=10, help="prompts for each weather wording (default 10)"
     )
@@ -129,8 +135,8 @@ def examine(engine: Engine, directory: Path, split: str, conversations: int, wea
         "expert_load_max_over_mean": [round(float(x.max() / x.mean()), 2) for x in loads],
         "dead_experts": int((loads == 0).sum()),
         "weather": _weather(engine, split, weather),
-        **_told(engine, split),
-        "requests": _requests(engine),
+        **_told(engine, split, min(conversations, 40)),
+        "requests": _requests(engine, conversations),
     }
 
 
@@ -253,14 +259,14 @@ def _reply(
     return text, calls
 
 
-def _told(engine: Engine, split: str) -> dict[str, Any]:
+def _told(engine: Engine, split: str, trials: int) -> dict[str, Any]:
     """Stories and jokes, generated: whether they are what was asked for, and one of each."""
     found: dict[str, Any] = {}
     for name, judge in (
         ("storyname", small_talk.is_story),
         ("joke", lambda text, _: text in small_talk.jokes()),
     ):
-        good, trials, sample = 0, 40, ""
+        good, sample = 0, ""
         for i in range(trials):
             talk = Talk(split, Random(f"{name} {i}"))
             small_talk.chat(talk, name)
@@ -271,13 +277,13 @@ def _told(engine: Engine, split: str) -> dict[str, Any]:
     return found
 
 
-def _requests(engine: Engine) -> dict[str, Any]:
+def _requests(engine: Engine, at_most: int) -> dict[str, Any]:
     """requests.json: what somebody who had seen none of the wordings would ask, one request a conversation."""
     found = json.loads((resources.files("hybrid.demo.data") / "requests.json").read_text(encoding="utf-8"))
     tools = {tool["name"]: {"type": "function", "function": tool} for tool in found.pop("tools")}
     rates = {}
     for kind, requests in found.items():
-        right = 0
+        right, requests = 0, requests[:: math.ceil(len(requests) / at_most)]
         for asked in requests:
             message = {"role": "user", "content": asked["user"]}
             text, calls = _reply(engine, [message], [tools[name] for name in asked["tools"]])

@@ -104,7 +104,7 @@ def test_the_examination_has_every_figure(
     assert figures["argmax_agreement_with_training_model"] > 0.99
     assert figures["exact_match"]["sum"]["turns"] >= 121  # all of 0 + 0 to 10 + 10
     assert figures["exact_match"]["sum"]["mean"] == 0.0  # of a model that was never trained
-    assert set(figures["unwanted_calls"]) == {"no tool needed", "undeclared", "incomplete"}
+    assert set(figures["unwanted_calls"]) == {"no tool needed", "undeclared", "near miss", "incomplete"}
     assert len(figures["expert_load_max_over_mean"]) == 2
     assert figures["weather"]["prompts"] == 10
     assert figures["weather"]["called"] == figures["weather"]["called_at_default_temperature"] == 0.0
