@@ -27,6 +27,12 @@ _KINDS = {
     "not told": "... not told: said so",
 }
 """Kinds of turns, in the order of the card, and what they are called there."""
+_UNWANTED = {
+    "no tool needed": "no tool needed",
+    "undeclared": "no declared tool fits",
+    "near miss": "... but one does something near",
+    "incomplete": "something left out",
+}
 _ASKED = [
     ("single", "one call"),
     ("parallel", "two calls"),
@@ -62,10 +68,7 @@ def card(figures: dict[str, Any]) -> str:
     rest = [
         ("a call where none was due", "turns", "rate"),
         ("---", "--:", "--:"),
-        ("no tool needed", unwanted["no tool needed"]["turns"], unwanted["no tool needed"]["rate"]),
-        ("no declared tool fits", unwanted["undeclared"]["turns"], unwanted["undeclared"]["rate"]),
-        ("something near to what a tool does", unwanted["near miss"]["turns"], unwanted["near miss"]["rate"]),
-        ("something left out", unwanted["incomplete"]["turns"], unwanted["incomplete"]["rate"]),
+        *((name, unwanted[group]["turns"], unwanted[group]["rate"]) for group, name in _UNWANTED.items()),
         ("in all", turns, calls / max(turns, 1)),
     ]
     strange = [
