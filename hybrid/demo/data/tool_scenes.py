@@ -79,9 +79,7 @@ def request(talk: Talk, target: Declared, *, listed: int = 1, begins: bool = Tru
         pattern = talk.rng.choice(plain)
     else:
         pattern = talk.pick(target.tool.wordings, usable)
-    values = {
-        p.label: argument(talk.words, p.kind) for p in target.tool.parameters if p.label in pattern.slots
-    }
+    values = _values(talk, target.tool, pattern)
     texts = {label: value.text for label, value in values.items()}
     calls = [{label: value.json for label, value in values.items()}]
     if listed > 1:
@@ -94,6 +92,11 @@ def request(talk: Talk, target: Declared, *, listed: int = 1, begins: bool = Tru
     free = target.tool.open_ended
     said = worded(talk, pattern, loosely=0.13, begins=begins, open_ended=free, telling=target.tool.telling)
     return Request(fill(said, texts), calls, pattern.line, last_slot(said.rstrip("?.! ")) in free)
+
+
+def _values(talk: Talk, tool: Tool, pattern: Pattern) -> dict[str, Value]:
+    """A value for each of the tool's parameters that the pattern has a slot for."""
+    return {p.label: argument(talk.words, p.kind) for p in tool.parameters if p.label in pattern.slots}
 
 
 def _listable(tool: Tool) -> list[Parameter]:
@@ -157,8 +160,10 @@ def parallel(talk: Talk, *, answered: bool) -> None:
         text, wording, more = listing.text, f"{target.tool.key}: {listing.wording}", not listing.open_ended
         calls = [(target, values) for values in listing.calls]
     elif len(talk.declared) >= 2 or talk.chance(0.7):
-        chosen = rng.sample(talk.declared, 2) if len(talk.declared) >= 2 and talk.chance(0.85) else []
-        chosen = chosen or [rng.choice(talk.declared)] * 2
+        if len(talk.declared) >= 2 and talk.chance(0.85):
+            chosen = rng.sample(talk.declared, 2)
+        else:
+            chosen = [rng.choice(talk.declared)] * 2
         asked = [request(talk, chosen[0])]
         joints = [". ", ". Also, ", "; "]
         if not asked[0].open_ended:
@@ -200,12 +205,8 @@ def undeclared(talk: Talk) -> None:
     near = [(d, pattern) for d in talk.declared for pattern in d.tool.near.get(talk.split, [])]
     if near and talk.chance(0.3):
         target, pattern = rng.choice(near)
-        values = {
-            p.label: argument(talk.words, p.kind).text
-            for p in target.tool.parameters
-            if p.label in pattern.slots
-        }
-        talk.user(spoken(talk, pattern, values, loosely=0.1), around=0.2, more=False)
+        texts = {label: value.text for label, value in _values(talk, target.tool, pattern).items()}
+        talk.user(spoken(talk, pattern, texts, loosely=0.1), around=0.2, more=False)
         talk.says(REFUSAL, "near miss", f"{target.tool.key}: {pattern.line}")
         return
     while True:
