@@ -156,6 +156,8 @@ def test_its_examination_sees_how_good_it_is(engine: Engine) -> None:
     asked = figures["requests"]
     assert 8 <= asked["single"]["turns"] <= 16
     assert asked["single"]["mean"] >= 0.5
+    assert asked["parallel"]["mean"] >= 0.2
+    assert asked["undeclared"]["mean"] >= 0.5
     assert asked["no_tool"]["mean"] >= 0.8
     assert figures["argmax_agreement_with_training_model"] > 0.999
 
