@@ -271,6 +271,11 @@ def all_wordings(
     return found
 
 
+def framed_phrase(kind: str, phrase: str) -> Pattern:
+    """A phrase of a kind in the sentences that frames.txt has for it."""
+    return Pattern(phrase).within(_frames(*_FRAMES[kind], whole=False))
+
+
 @cache
 def _frames(*headings: str, whole: bool) -> Pattern:
     """The sentences under these headings, "{}" for the phrase; `whole`: only those that end with it."""

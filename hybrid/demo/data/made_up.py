@@ -36,6 +36,11 @@ hide show start resume accept reject mute pin share export import clean repair t
 _OBJECTS = """file ticket project user account door job server folder window group channel page table camera printer
 playlist document invoice branch build task machine robot gate device sensor room report backup member image video""".split()
 _ACT_NAMES = ["{}_{}", "{}_{}", "do_{}_{}", "{}_the_{}", "{}_{}_by_name", "{}_{}_now"]
+_ALIKE = [
+    {"approve", "accept"}, {"stop", "pause"}, {"start", "resume"}, {"block", "ban"}, {"job", "task"},
+    {"gate", "door"}, {"picture", "image"}, {"machine", "device"}, {"machine", "robot"}, {"user", "account"},
+]  # fmt: skip
+"""Verbs and objects that many would take for each other."""
 _FREELY = 0.4
 """How often training's nouns, verbs and objects are any words: what is asked for is then told by its sameness alone."""
 
@@ -43,39 +48,61 @@ _FREELY = 0.4
 def novel_tool(split: str, rng: Random) -> Tool:
     """A tool made up on the spot; its noun, or its verb and object together, belong to the split."""
     if rng.random() < 0.65:
-        root = noun = _noun(split, rng)
-        spoken, kind = noun.replace("_", " "), rng.choice(list(_SUBJECTS))
-        names = [form.format(noun) for form in _FETCH_NAMES]
-        about = [
-            f"Get the {spoken}.",
-            with_articles(f"Returns the {spoken} of a {_SUBJECTS[kind][0]}."),
-            f"Look up the {spoken}",
-            f"{spoken} lookup",
-        ]
-        wordings = _wordings("fetch", NOUN=spoken)
-        keys, result, answer = (
-            [noun, "result", "value"],
-            rng.choice(["number", "word", "money", "person"]),
-            f"The {spoken} of {{key}}: {{result}}.",
-        )
-    else:
-        act, thing = _act(split, rng)
-        root, kind = f"{act} {thing}", rng.choice(["word", "code", "person", "company", "title"])
-        names = [form.format(act, thing) for form in _ACT_NAMES]
-        a_thing = with_articles(f"a {thing}")
-        about = [f"{act.capitalize()} {a_thing}.", f"Used to {act} {a_thing}", f"{act} {thing}"]
-        wordings = _wordings("act", ACT=act, OBJECT=thing)
-        keys, result, answer = [], "ok", f"Done: {act} {thing} {{key}}."
-    own = _SUBJECTS.get(kind, ["name"])
-    parameter = Parameter(["key"], kind, [f"The {own[0]}", f"Name of the {own[0]}", f"Which {own[0]}"], True)
-    name = rng.choice(names)
+        return _fetcher(_noun(split, rng), rng)
+    return _doer(*_act(split, rng), rng)
+
+
+def neighbour(tool: Tool, split: str, rng: Random) -> Tool | None:
+    """One that does something else to the same, or the same to something else, as `tool` does; None for a tool that
+    looks something up."""
+    act, _, thing = tool.novel_root.partition(" ")
+    if not thing:
+        return None
+    while True:
+        other, another = _act(split, rng)
+        if rng.random() < 0.4:
+            pair, changed = (act, another), {thing, another}
+        else:
+            pair, changed = (other, thing), {act, other}
+        alike = len(changed) == 1 or any(changed <= same for same in _ALIKE)
+        if not alike and split_of(" ".join(pair)) == split:
+            return _doer(*pair, rng)
+
+
+def _fetcher(noun: str, rng: Random) -> Tool:
+    """Looks `noun` up."""
+    spoken, kind = noun.replace("_", " "), rng.choice(list(_SUBJECTS))
+    names = [form.format(noun) for form in _FETCH_NAMES]
+    about = [
+        f"Get the {spoken}.",
+        with_articles(f"Returns the {spoken} of a {_SUBJECTS[kind][0]}."),
+        f"Look up the {spoken}",
+        f"{spoken} lookup",
+    ]
+    result = rng.choice(["number", "word", "money", "person"])
     return Tool(
-        [name], about, [_renamed(parameter, rng.choice(own))], keys, result, answer, wordings, novel_root=root
-    )
+        [rng.choice(names)], about, [_subject(kind, rng)], [noun, "result", "value"], result,
+        f"The {spoken} of {{key}}: {{result}}.", _wordings("fetch", NOUN=spoken), novel_root=noun,
+    )  # fmt: skip
 
 
-def _renamed(parameter: Parameter, name: str) -> Parameter:
-    return Parameter([parameter.label, name], parameter.kind, parameter.abouts, parameter.required)
+def _doer(act: str, thing: str, rng: Random) -> Tool:
+    """Does `act` to a `thing`."""
+    kind = rng.choice(["word", "code", "person", "company", "title"])
+    names = [form.format(act, thing) for form in _ACT_NAMES]
+    a_thing = with_articles(f"a {thing}")
+    about = [f"{act.capitalize()} {a_thing}.", f"Used to {act} {a_thing}", f"{act} {thing}"]
+    return Tool(
+        [rng.choice(names)], about, [_subject(kind, rng)], [], "ok", f"Done: {act} {thing} {{key}}.",
+        _wordings("act", ACT=act, OBJECT=thing), novel_root=f"{act} {thing}",
+    )  # fmt: skip
+
+
+def _subject(kind: str, rng: Random) -> Parameter:
+    """What a made-up tool is given."""
+    own = _SUBJECTS.get(kind, ["name"])
+    abouts = [f"The {own[0]}", f"Name of the {own[0]}", f"Which {own[0]}"]
+    return Parameter(["key", rng.choice(own)], kind, abouts, True)
 
 
 def _noun(split: str, rng: Random) -> str:

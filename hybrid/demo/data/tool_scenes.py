@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from hybrid.demo.data import small_talk
 from hybrid.demo.data.arguments import Value, argument
 from hybrid.demo.data.grammar import Pattern, fill, last_slot
-from hybrid.demo.data.made_up import novel_tool
+from hybrid.demo.data.made_up import neighbour, novel_tool
 from hybrid.demo.data.results import result
 from hybrid.demo.data.talk import Talk, spoken, worded
 from hybrid.demo.data.toolbox import Declared, Parameter, Tool, declare, written_tools
@@ -200,14 +200,10 @@ def incomplete(talk: Talk, target: Declared) -> None:
 def undeclared(talk: Talk) -> None:
     """A request for a tool that is not there: a polite refusal."""
     rng = talk.rng
-    if any(d.tool.key == _SEARCHES for d in talk.declared):
+    searching = [d for d in talk.declared if d.tool.key == _SEARCHES]
+    if talk.declared and talk.chance(0.4) and _near_miss(talk, rng.choice(searching or talk.declared)):
         return
-    near = [(d, pattern) for d in talk.declared for pattern in d.tool.near.get(talk.split, [])]
-    if near and talk.chance(0.3):
-        target, pattern = rng.choice(near)
-        texts = {label: value.text for label, value in _values(talk, target.tool, pattern).items()}
-        talk.user(spoken(talk, pattern, texts, loosely=0.1), around=0.2, more=False)
-        talk.says(REFUSAL, "near miss", f"{target.tool.key}: {pattern.line}")
+    if searching:
         return
     while True:
         tool = novel_tool(talk.split, rng) if talk.chance(0.25) else rng.choice(written_tools())
@@ -226,6 +222,26 @@ def undeclared(talk: Talk) -> None:
         talk.says(small_talk.unknown(), "without tools", wording)
     else:
         talk.says(REFUSAL, "without tools", wording)
+
+
+def _near_miss(talk: Talk, target: Declared) -> bool:
+    """A request that sounds like the tool's and is not: refused. -> whether there is one that no tool answers."""
+    tool, split = target.tool, talk.split
+    if tool.novel:
+        other = neighbour(tool, split, talk.rng)
+        if other is None or any(_clash(other, d.tool) for d in talk.declared):
+            return False
+        text, _, line, _ = request(talk, declare(other, talk.rng))
+        talk.user(text, around=0.25)
+        talk.says(REFUSAL, "near miss", f"novel: {line}")
+        return True
+    if not tool.near[split]:
+        return False
+    pattern = talk.pick(tool.near)
+    texts = {label: value.text for label, value in _values(talk, tool, pattern).items()}
+    talk.user(spoken(talk, pattern, texts, loosely=0.1), around=0.2, more=False)
+    talk.says(REFUSAL, "near miss", f"{tool.key}: {pattern.line}")
+    return True
 
 
 def can_be_incomplete(target: Declared) -> bool:

@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 from hybrid.demo.data.arguments import SCHEMAS
-from hybrid.demo.data.grammar import SPLITS, Pattern, all_wordings, blocks
+from hybrid.demo.data.grammar import SPLITS, Pattern, all_wordings, blocks, framed_phrase
 from hybrid.demo.data.vocabulary import split_of
 
 
@@ -122,8 +122,17 @@ def _read(block: dict[str, list[str]]) -> Tool:
         block["tool"][0].split("/"), block["about"][0].split(" / "), parameters,
         [k for k in keys.split("/") if k], kind, answer, all_wordings(block, of_tool=True, open_ended=_open_ended(parameters)), missing,
         [Pattern(line) for line in block.get("plain", [])],
-        {split: [Pattern(line) for line in block.get("near", []) if split_of(line) == split] for split in SPLITS},
+        {split: _near_misses(block, split) for split in SPLITS},
     )  # fmt: skip
+
+
+def _near_misses(block: dict[str, list[str]], split: str) -> list[Pattern]:
+    """Those of a split; training's phrases also in other phrases' sentences."""
+    whole, phrases = (
+        [line for line in block.get(heading, []) if split_of(line) == split] for heading in ("near", "near_do")
+    )
+    framed = [framed_phrase("do", line) for line in phrases] if split == "train" else []
+    return [*(Pattern(line) for line in [*whole, *phrases]), *framed]
 
 
 # What people put around a name; training only, so that no end of a name is known by heart.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hybrid.config import ModelConfig
-from hybrid.demo.trainer.ops import Documents, Ops, Rope
+from hybrid.demo.trainer.ops import Documents, Ops, Rope, tokens_per_expert
 from hybrid.layers.rotary import RotaryEmbedding, softmax_scale
 from offload.errors import UsageError
 
@@ -89,9 +89,9 @@ class Moe(nn.Module):
     def forward(self, x: Tensor, ops: Ops, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [T,H] -> [T,H], or what is at `rows` (int64 [R]) of it, and the tokens of each expert [E], at all rows."""
         ids, weights = ops.route(F.linear(x, self.gate), self.bias, self.top_k, self.factor)
-        load = torch.bincount(ids.flatten(), minlength=len(self.gate))
+        load = tokens_per_expert(ids, len(self.gate))
         if rows is not None:
-            x, ids, weights = x[rows], ids[rows], weights[rows]
+            x, ids, weights = (each.index_select(0, rows) for each in (x, ids, weights))
         return ops.experts(x, ids, weights, self.gate_up, self.down_t) + self.shared(x), load
 
 
@@ -164,7 +164,7 @@ class DemoModel(nn.Module):
                 loads.append(load)
             else:
                 out = layer.mlp(normed)
-            x = (x if wanted is None else x[wanted]) + out
+            x = (x if wanted is None else x.index_select(0, wanted)) + out
         seen = Observed(torch.stack(peaks), torch.stack(loads))
         return ops.rms_norm(x, self.norm, self.config.rms_norm_eps), seen
 

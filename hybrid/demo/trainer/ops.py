@@ -24,6 +24,11 @@ class Documents:
     position: Tensor
     longest: int
 
+    @property
+    def slot(self) -> Tensor:
+        """int64 [tokens]: the place of every token where each document takes `longest` places."""
+        return self.row * self.longest + self.position
+
     @classmethod
     def of(cls, lengths: Tensor, device: torch.device) -> "Documents":
         starts = torch.zeros(len(lengths) + 1, dtype=torch.int64)
@@ -62,7 +67,11 @@ class Ops(Protocol):
 
 
 class TorchOps:
-    """Ops on any device, from torch's own operations."""
+    """Ops on any device, from torch's own operations: in float32, but for attention's factors on a GPU, which are
+    rounded to bfloat16 there.
+
+    Rows are gathered by index_select, whose gradient is a plain index_add; that of indexing sorts first.
+    """
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
@@ -76,12 +85,13 @@ class TorchOps:
         query = torch.cat((q[..., :nope], _rotate(q[..., nope:], cos, sin)), -1)
         shared = _rotate(k_pe[:, None], cos, sin).expand(-1, q.shape[1], -1)
         key = torch.cat((kv[..., :nope], shared), -1)
+        factors = torch.bfloat16 if q.is_cuda else q.dtype  # what its fast kernels take
         # Padding lies behind each document, where a causal mask never looks.
-        q_pad, k_pad, v_pad = (_pad(x, docs) for x in (query, key, kv[..., nope:]))
+        q_pad, k_pad, v_pad = (_pad(x.to(factors), docs) for x in (query, key, kv[..., nope:]))
         out = F.scaled_dot_product_attention(q_pad, k_pad, v_pad, is_causal=True, scale=rope.scale)
         with torch.no_grad():
-            peak = _peak_logits(q_pad, k_pad, docs) * rope.scale
-        return out.transpose(1, 2)[docs.row, docs.position], peak
+            peak = _peak_logits(q_pad, k_pad, docs).to(q.dtype) * rope.scale
+        return out.transpose(1, 2).flatten(0, 1).index_select(0, docs.slot).to(q.dtype), peak
 
     def route(self, logits: Tensor, bias: Tensor, top_k: int, factor: float) -> tuple[Tensor, Tensor]:
         scores = logits.sigmoid()
@@ -93,14 +103,21 @@ class TorchOps:
         experts, (tokens, top_k) = len(gate_up), ids.shape
         flat = ids.flatten()
         expert, order = flat.sort(stable=True)
-        counts = torch.bincount(flat, minlength=experts)
+        counts = tokens_per_expert(ids, experts)
         capacity = int(counts.max())
         rank = torch.arange(tokens * top_k, device=x.device) - (counts.cumsum(0) - counts)[expert]
         slot, token = expert * capacity + rank, order // top_k
-        padded = x.new_zeros(experts * capacity, x.shape[1]).index_copy(0, slot, x[token])
+        padded = x.new_zeros(experts * capacity, x.shape[1]).index_copy(0, slot, x.index_select(0, token))
         gate, up = torch.bmm(padded.view(experts, capacity, x.shape[1]), gate_up.transpose(1, 2)).chunk(2, -1)
         out = torch.bmm(F.silu(gate) * up, down_t).flatten(0, 1)
-        return torch.zeros_like(x).index_add(0, token, out[slot] * weights.flatten()[order, None])
+        share = weights.flatten().index_select(0, order)
+        return torch.zeros_like(x).index_add(0, token, out.index_select(0, slot) * share[:, None])
+
+
+def tokens_per_expert(ids: Tensor, experts: int) -> Tensor:
+    """ids int64 [T,k] -> int64 [E]. As bincount, for which a GPU would have to be waited for."""
+    flat = ids.flatten()
+    return flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -111,16 +128,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _pad(x: Tensor, docs: Documents) -> Tensor:
     """[T,heads,d] -> [documents,heads,longest,d]."""
-    out = x.new_zeros(len(docs.starts) - 1, docs.longest, *x.shape[1:])
-    return out.index_put((docs.row, docs.position), x).transpose(1, 2)
+    out = x.new_zeros((len(docs.starts) - 1) * docs.longest, *x.shape[1:]).index_copy(0, docs.slot, x)
+    return out.unflatten(0, (-1, docs.longest)).transpose(1, 2)
 
 
 def _peak_logits(q: Tensor, k: Tensor, docs: Documents) -> Tensor:
     """The largest unscaled causal q.k of each head over all documents, from padded q, k: [heads]."""
     size = docs.longest
     hidden = torch.ones(size, size, dtype=torch.bool, device=q.device).triu_(1)
-    lengths = torch.bincount(docs.row, minlength=len(q))
-    padding = torch.arange(size, device=q.device) >= lengths[:, None]
+    padding = torch.arange(size, device=q.device) >= docs.starts.diff().to(q.device)[:, None]
     peaks = []
     step = max(1, 2**26 // (q.shape[1] * size * size))
     for i in range(0, len(q), step):
