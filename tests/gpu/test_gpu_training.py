@@ -1,5 +1,6 @@
 """Training the embedded model on a real GPU, against the same steps on the CPU; skipped where there is none."""
 
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 
 from hybrid.demo.data.encode import Encoder
 from hybrid.demo.shape import config_fields
-from hybrid.demo.trainer.feed import Batch, collate, document
+from hybrid.demo.trainer.feed import Batch, Feed, collate, document
 from hybrid.demo.trainer.state import Run, Settings
 from hybrid.synth import ASSETS
+from offload.errors import UsageError
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,31 +19,48 @@ pytestmark = [
 ]
 
 
+TOKENS = 2000
+
+
 @pytest.fixture(scope="module")
-def batch() -> Batch:
-    encoder = Encoder(ASSETS)
-    return collate([document(encoder, "train", 0, i) for i in range(3)], 3)
+def batches() -> list[Batch]:
+    with Feed(ASSETS, seed=0, batch_tokens=TOKENS, start=0, workers=1) as feed:
+        return list(islice(feed.batches(), 8))
 
 
 def new_run(device: str) -> Run:
     fields = config_fields(Encoder(ASSETS).tokenizer, {"num_hidden_layers": 3, "n_routed_experts": 24})
-    return Run(Settings(tokens=40_000, warmup_steps=4), fields, torch.device(device))
+    settings = Settings(tokens=40_000, warmup_steps=4, batch_tokens=TOKENS)
+    return Run(settings, fields, torch.device(device))
 
 
-def test_steps_agree_with_the_cpu(batch: Batch) -> None:
-    losses = []
+def test_steps_agree_with_the_cpu(batches: list[Batch]) -> None:
+    """Before the capture and after it: loss, load, largest logit."""
+    seen = []
     for device in ("cpu", "cuda"):
         run = new_run(device)
-        losses.append([run.train(batch)["loss"] for _ in range(4)])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
-    assert losses[1][-1] < losses[1][0]
+        seen.append([run.train(batch) for batch in batches])
+    for mine, theirs in zip(seen[1], seen[0], strict=True):
+        assert mine["tokens"] == theirs["tokens"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
+        assert mine["peak"] == pytest.approx(theirs["peak"], rel=5e-2)
+        assert mine["load"] == pytest.approx(theirs["load"], rel=5e-2)
+    assert seen[1][-1]["loss"] < seen[1][0]["loss"] - 0.5
 
 
-def test_a_run_goes_on_from_its_save(batch: Batch, tmp_path: Path) -> None:
+def test_a_run_goes_on_from_its_save(batches: list[Batch], tmp_path: Path) -> None:
     run, again = new_run("cuda"), new_run("cuda")
-    for _ in range(3):
+    for batch in batches[:5]:
         run.train(batch)
     run.save(tmp_path / "run.pt")
     again.restore(tmp_path / "run.pt")
-    for _ in range(2):
+    for batch in batches[5:]:
         assert again.train(batch)["loss"] == pytest.approx(run.train(batch)["loss"], rel=1e-3)
+
+
+def test_a_batch_of_another_size_is_refused(batches: list[Batch]) -> None:
+    run = new_run("cuda")
+    longer = collate([document(Encoder(ASSETS), "train", 0, i) for i in range(9)], 9)
+    assert len(longer.tokens) != TOKENS
+    with pytest.raises(UsageError, match=f"made for {TOKENS} tokens"):
+        run.train(longer)

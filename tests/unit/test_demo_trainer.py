@@ -4,7 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,6 +17,7 @@ from hybrid.config import ModelConfig
 from hybrid.demo.data.encode import Encoder
 from hybrid.demo.data.generator import conversation
 from hybrid.demo.shape import config_fields
+from hybrid.demo.trainer.cuda import CudaOps, Packed, peak_logits
 from hybrid.demo.trainer.feed import Batch, Feed, collate, document
 from hybrid.demo.trainer.kernels.amx import STEP
 from hybrid.demo.trainer.kernels.gemm import Array, Crew, exp_row, gemm, max_row
@@ -224,6 +225,42 @@ def test_operations_on_tiles_match_torch_within_bfloat16(encoder: Encoder) -> No
     for name in ("layers.0.self_attn.q_b_proj", "layers.2.mlp.gate_up", "layers.2.mlp.down_t"):
         wanted, got = gradients[0][name], gradients[1][name]
         assert (got - wanted).norm() / wanted.norm() < 0.1, name
+
+
+def test_tiled_experts_match_padded_ones(fields: dict[str, Any]) -> None:
+    """Of a GPU's step, with experts that get nothing, one row, and several tiles."""
+    torch.manual_seed(3)
+    experts, hidden, width, tokens = 7, 24, 12, 200
+    ids = torch.stack([torch.randperm(experts - 2)[:3] for _ in range(tokens)])
+    ids[5, 0] = experts - 2
+    inputs = [
+        torch.randn(tokens, hidden),
+        torch.rand(tokens, 3),
+        torch.randn(experts, 2 * width, hidden),
+        torch.randn(experts, width, hidden),
+    ]
+    found = []
+    for ops in (TorchOps(), CudaOps()):
+        x, weights, gate_up, down_t = (t.clone().requires_grad_() for t in inputs)
+        out = ops.experts(x, ids, weights, gate_up, down_t)
+        out.sin().sum().backward()  # type: ignore[no-untyped-call]
+        found.append([out.detach(), *(t.grad for t in (x, weights, gate_up, down_t))])
+    for mine, theirs in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_peaks_are_those_of_each_document() -> None:
+    torch.manual_seed(4)
+    lengths = torch.tensor([1, 130, 57, 300, 12])
+    docs = Documents.of(lengths, CPU)
+    packed = Packed.over(docs.starts.int(), docs.row, docs.position)
+    q, k = torch.randn(2, 500, 3, 8).bfloat16()
+    wanted = torch.full((3,), -torch.inf)
+    for a, b in pairwise(docs.starts.tolist()):
+        scores = torch.einsum("qhd,khd->hqk", q[a:b].float(), k[a:b].float())
+        hidden = torch.ones(b - a, b - a, dtype=torch.bool).triu(1)
+        wanted = torch.maximum(wanted, scores.masked_fill(hidden, -torch.inf).amax((1, 2)))
+    torch.testing.assert_close(peak_logits(q, k, packed.barred).float(), wanted, rtol=1e-2, atol=0)
 
 
 def test_documents_do_not_see_each_other(fields: dict[str, Any]) -> None:
@@ -446,6 +483,7 @@ def test_feed_goes_on_from_any_document(encoder: Encoder) -> None:
         straight = list(islice(feed.batches(), 5))
     with Feed(ASSETS, seed=3, batch_tokens=2000, start=straight[1].next_document, workers=2) as feed:
         resumed = list(islice(feed.batches(), 3))
+    assert all(len(batch.tokens) == int(batch.lengths.sum()) == 2000 for batch in straight)
     for mine, theirs in zip(resumed, straight[2:], strict=True):
         assert torch.equal(mine.tokens, theirs.tokens)
         assert torch.equal(mine.targets, theirs.targets)

@@ -129,7 +129,8 @@ def _read(block: dict[str, list[str]]) -> Tool:
 def _near_misses(block: dict[str, list[str]], split: str) -> list[Pattern]:
     """Those of a split; training's phrases also in other phrases' sentences."""
     whole, phrases = (
-        [line for line in block.get(heading, []) if split_of(line) == split] for heading in ("near", "near_do")
+        [line for line in block.get(heading, []) if split_of(line) == split]
+        for heading in ("near", "near_do")
     )
     framed = [framed_phrase("do", line) for line in phrases] if split == "train" else []
     return [*(Pattern(line) for line in [*whole, *phrases]), *framed]

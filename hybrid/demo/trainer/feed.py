@@ -62,7 +62,8 @@ def _write_chunk(split: str, seed: int, first: int) -> list[Encoded]:
 
 
 class Feed:
-    """Training batches of about `batch_tokens` tokens, from document `start` on.
+    """Training batches of exactly `batch_tokens` tokens, from document `start` on; the last document of each is cut
+    where it is full.
 
     Args:
         directory: tokenizer files and chat template.
@@ -97,6 +98,8 @@ class Feed:
             size += len(one.tokens)
             following += 1
             if size >= self._batch_tokens:
+                kept = len(one.tokens) - (size - self._batch_tokens)
+                held[-1] = Encoded(one.tokens[:kept], one.produced[:kept])
                 yield collate(held, following)
                 held, size = [], 0
 

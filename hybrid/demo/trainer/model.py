@@ -148,7 +148,7 @@ class DemoModel(nn.Module):
         """token_ids int64 [T] of whole documents -> normed hidden states [T,H], or [R,H] at `rows` (int64 [R])
         alone, which spares the last layer the others' experts."""
         rope, ops = self.rope(docs.longest), self.ops
-        x = F.embedding(token_ids, self.embed_tokens)
+        x = self.embed_tokens.index_select(0, token_ids)
         peaks, loads = [], []
         *_, last = layers = self.decoder_layers()
         for layer in layers:
@@ -175,6 +175,9 @@ class DemoModel(nn.Module):
 
     def loss(self, token_ids: Tensor, targets: Tensor, docs: Documents) -> tuple[Tensor, Observed]:
         """Mean cross entropy over the positions whose `targets` [T] are not negative, one at least."""
+        if targets.is_cuda:  # which would have to be waited for, to know how many they are
+            logits, seen = self.logits(token_ids, docs)
+            return F.cross_entropy(logits, targets, ignore_index=-1), seen
         scored = (targets >= 0).nonzero().squeeze(1)
         hidden, seen = self.hidden_states(token_ids, docs, scored)
         return F.cross_entropy(F.linear(hidden, self.lm_head), targets[scored]), seen

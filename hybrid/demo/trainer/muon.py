@@ -63,7 +63,8 @@ class Muon:
         self._crew = None if threads is None else Crew(threads)
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
+    def step(self, rate: float | Tensor) -> None:
+        """`rate`: a tensor on the model's device only for torch's operations."""
         decay = 1 - rate * self.weight_decay
         if self._crew is None:
             self._step_torch(rate, decay)
@@ -81,7 +82,7 @@ class Muon:
                 tasks.append((first, last, *arrays, self.beta, step, decay, *NEWTON_SCHULZ, ROUNDS))
         self._crew.each(muon_update, tasks)
 
-    def _step_torch(self, rate: float, decay: float) -> None:
+    def _step_torch(self, rate: float | Tensor, decay: float | Tensor) -> None:
         by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
         for name, parameter, shape in self._stacks:
             if parameter.grad is None:
@@ -93,7 +94,7 @@ class Muon:
             step = rate * 0.2 * max(matrix) ** 0.5
             updates = orthogonalize(torch.cat([update for _, update in members]))
             for (weight, _), update in zip(members, updates.split([len(w) for w, _ in members]), strict=True):
-                weight.mul_(decay).sub_(update, alpha=step)
+                weight.mul_(decay).sub_(update * step)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.momentum)
@@ -104,28 +105,23 @@ class Muon:
 
 
 @torch.no_grad()
-def qk_clip(model: DemoModel, peaks: Tensor, tau: float) -> int:
+def qk_clip(model: DemoModel, peaks: Tensor, tau: float) -> Tensor:
     """Shrink the query and key weights of every head whose largest logit in `peaks` [layers, heads] exceeds
     tau: its nope parts by sqrt(tau / peak) each, its rope query by tau / peak; the shared rope key stays.
-    Returns how many heads were clipped."""
-    config = model.config
-    nope = config.qk_nope_head_dim
-    gammas = (tau / peaks.clamp_min(tau)).cpu()
-    for layer, gamma in zip(model.decoder_layers(), gammas, strict=True):
-        for head in (gamma < 1).nonzero().flatten().tolist():
-            g = float(gamma[head])
-            query = layer.self_attn.q_b_proj.view(config.num_attention_heads, config.qk_head_dim, -1)[head]
-            key = layer.self_attn.kv_b_proj.view(config.num_attention_heads, nope + config.v_head_dim, -1)[
-                head
-            ]
-            query[:nope] *= g**0.5
-            query[nope:] *= g
-            key[:nope] *= g**0.5
-    return int((gammas < 1).sum())
+    Returns how many heads were clipped, int64 []."""
+    heads, nope = model.config.num_attention_heads, model.config.qk_nope_head_dim
+    gammas = tau / peaks.clamp_min(tau)
+    for layer, gamma in zip(model.decoder_layers(), gammas[..., None, None], strict=True):
+        query = layer.self_attn.q_b_proj.unflatten(0, (heads, -1))
+        key = layer.self_attn.kv_b_proj.unflatten(0, (heads, -1))
+        query[:, :nope] *= gamma.sqrt()
+        query[:, nope:] *= gamma
+        key[:, :nope] *= gamma.sqrt()
+    return (gammas < 1).sum()
 
 
 @torch.no_grad()
-def balance(model: DemoModel, loads: Tensor, rate: float) -> None:
+def balance(model: DemoModel, loads: Tensor, rate: float | Tensor) -> None:
     """Move each router's bias towards even loads [MoE layers, experts], in proportion to the relative error
     (at most 1). K2 moves it by a constant; so few tokens a step need the softer rule."""
     for moe, load in zip(model.moe_layers(), loads.float(), strict=True):

@@ -4,7 +4,7 @@
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -67,8 +67,7 @@ class Ops(Protocol):
 
 
 class TorchOps:
-    """Ops on any device, from torch's own operations: in float32, but for attention's factors on a GPU, which are
-    rounded to bfloat16 there.
+    """Ops on any device, from torch's own operations.
 
     Rows are gathered by index_select, whose gradient is a plain index_add; that of indexing sorts first.
     """
@@ -79,19 +78,12 @@ class TorchOps:
     def attention(
         self, q: Tensor, kv: Tensor, k_pe: Tensor, docs: Documents, rope: Rope
     ) -> tuple[Tensor, Tensor]:
-        dim = k_pe.shape[-1]
-        nope = q.shape[-1] - dim
-        cos, sin = rope.cos[docs.position, None], rope.sin[docs.position, None]
-        query = torch.cat((q[..., :nope], _rotate(q[..., nope:], cos, sin)), -1)
-        shared = _rotate(k_pe[:, None], cos, sin).expand(-1, q.shape[1], -1)
-        key = torch.cat((kv[..., :nope], shared), -1)
-        factors = torch.bfloat16 if q.is_cuda else q.dtype  # what its fast kernels take
         # Padding lies behind each document, where a causal mask never looks.
-        q_pad, k_pad, v_pad = (_pad(x.to(factors), docs) for x in (query, key, kv[..., nope:]))
+        q_pad, k_pad, v_pad = (_pad(x, docs) for x in rotated(q, kv, k_pe, docs, rope))
         out = F.scaled_dot_product_attention(q_pad, k_pad, v_pad, is_causal=True, scale=rope.scale)
         with torch.no_grad():
-            peak = _peak_logits(q_pad, k_pad, docs).to(q.dtype) * rope.scale
-        return out.transpose(1, 2).flatten(0, 1).index_select(0, docs.slot).to(q.dtype), peak
+            peak = _peak_logits(q_pad, k_pad, docs) * rope.scale
+        return out.transpose(1, 2).flatten(0, 1).index_select(0, docs.slot), peak
 
     def route(self, logits: Tensor, bias: Tensor, top_k: int, factor: float) -> tuple[Tensor, Tensor]:
         scores = logits.sigmoid()
@@ -100,18 +92,47 @@ class TorchOps:
         return ids, picked / (picked.sum(-1, keepdim=True) + 1e-20) * factor
 
     def experts(self, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down_t: Tensor) -> Tensor:
-        experts, (tokens, top_k) = len(gate_up), ids.shape
-        flat = ids.flatten()
-        expert, order = flat.sort(stable=True)
-        counts = tokens_per_expert(ids, experts)
-        capacity = int(counts.max())
-        rank = torch.arange(tokens * top_k, device=x.device) - (counts.cumsum(0) - counts)[expert]
-        slot, token = expert * capacity + rank, order // top_k
-        padded = x.new_zeros(experts * capacity, x.shape[1]).index_copy(0, slot, x.index_select(0, token))
+        experts = len(gate_up)
+        pairs = pair_slots(ids, experts)
+        capacity = int(pairs.counts.max())
+        slot = pairs.expert * capacity + pairs.rank
+        padded = x.new_zeros(experts * capacity, x.shape[1]).index_copy(
+            0, slot, x.index_select(0, pairs.token)
+        )
         gate, up = torch.bmm(padded.view(experts, capacity, x.shape[1]), gate_up.transpose(1, 2)).chunk(2, -1)
         out = torch.bmm(F.silu(gate) * up, down_t).flatten(0, 1)
-        share = weights.flatten().index_select(0, order)
-        return torch.zeros_like(x).index_add(0, token, out.index_select(0, slot) * share[:, None])
+        share = weights.flatten().index_select(0, pairs.order)
+        return torch.zeros_like(x).index_add(0, pairs.token, out.index_select(0, slot) * share[:, None])
+
+
+def rotated(
+    q: Tensor, kv: Tensor, k_pe: Tensor, docs: Documents, rope: Rope
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention's inputs (`Ops.attention`) -> query, key [T,heads,nope+rope] in their places, value [T,heads,V]."""
+    nope = q.shape[-1] - k_pe.shape[-1]
+    cos, sin = (table.index_select(0, docs.position)[:, None] for table in (rope.cos, rope.sin))
+    query = torch.cat((q[..., :nope], _rotate(q[..., nope:], cos, sin)), -1)
+    shared = _rotate(k_pe[:, None], cos, sin).expand(-1, q.shape[1], -1)
+    return query, torch.cat((kv[..., :nope], shared), -1), kv[..., nope:]
+
+
+class Pairs(NamedTuple):
+    """The pairs of a token and an expert it goes to, by expert: the `expert` [T*k] of each, its `token`, its `rank`
+    among those of the expert, its place in the flattened ids (`order`), and each expert's `counts` [E]."""
+
+    expert: Tensor
+    token: Tensor
+    rank: Tensor
+    order: Tensor
+    counts: Tensor
+
+
+def pair_slots(ids: Tensor, experts: int) -> Pairs:
+    """ids int64 [T,k] -> its pairs, all int64."""
+    expert, order = ids.flatten().sort(stable=True)
+    counts = tokens_per_expert(ids, experts)
+    rank = torch.arange(len(expert), device=ids.device) - (counts.cumsum(0) - counts).index_select(0, expert)
+    return Pairs(expert, order // ids.shape[1], rank, order, counts)
 
 
 def tokens_per_expert(ids: Tensor, experts: int) -> Tensor:

@@ -8,8 +8,10 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hybrid.config import ModelConfig
+from hybrid.demo.trainer.cuda import CapturedStep, CudaOps
 from hybrid.demo.trainer.feed import Batch
 from hybrid.demo.trainer.model import DemoModel
 from hybrid.demo.trainer.muon import Muon, balance, qk_clip
@@ -17,6 +19,8 @@ from hybrid.demo.trainer.native import NativeOps
 from hybrid.demo.trainer.ops import Documents, Ops, TorchOps
 from offload.errors import HybridError, UsageError
 
+_OBSERVED = "loss", "load", "peak", "clipped"
+"""What a step tells: of the load the largest layer's maximum over mean, the largest logit, heads clipped."""
 _DAMAGE = (RuntimeError, EOFError, LookupError, TypeError, ValueError, UnpicklingError)
 """What reading a damaged checkpoint may raise."""
 
@@ -48,7 +52,8 @@ class Settings:
 
 @dataclass
 class Run:
-    """A model in training. `threads`: of the compiled CPU path; None: torch's operations, on `device`."""
+    """A model in training. `threads`: of the compiled CPU path; None: torch's operations, on `device`; a GPU takes
+    batches of exactly `settings.batch_tokens`."""
 
     settings: Settings
     config: dict[str, Any]
@@ -60,12 +65,14 @@ class Run:
     history: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        ops: Ops = TorchOps() if self.threads is None else NativeOps(self.threads)
+        cuda = self.device.type == "cuda"
+        ops: Ops = NativeOps(self.threads) if self.threads is not None else CudaOps() if cuda else TorchOps()
         torch.manual_seed(self.settings.seed)
         self.model = DemoModel(ModelConfig.from_dict(self.config), ops).to(self.device)
         self.muon = Muon(self.model, threads=self.threads)
         rest = [p for name, p in self.model.named_parameters() if name not in self.muon.momentum]
         self.adam = torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self._captured = CapturedStep(self._update, self.settings.batch_tokens, self.device) if cuda else None
 
     @property
     def complete(self) -> bool:
@@ -73,29 +80,33 @@ class Run:
 
     def train(self, batch: Batch) -> dict[str, float]:
         """One step. -> loss, load (largest layer's maximum over mean), peak logit, heads clipped."""
+        factor = self.settings.schedule(self.tokens_seen, self.step)
+        if self._captured is not None:
+            observed = self._captured(batch, factor)
+        else:
+            docs = Documents.of(batch.lengths, self.device)
+            observed = self._update(batch.tokens, batch.targets, docs, factor)
+        self.step += 1
+        self.tokens_seen += len(batch.tokens)
+        self.next_document = batch.next_document
+        return {"tokens": self.tokens_seen} | dict(zip(_OBSERVED, observed.tolist(), strict=True))
+
+    def _update(self, tokens: Tensor, targets: Tensor, docs: Documents, factor: float | Tensor) -> Tensor:
+        """One update of everything, the rates times `factor`. -> _OBSERVED, on the model's device."""
         settings = self.settings
-        factor = settings.schedule(self.tokens_seen, self.step)
-        docs = Documents.of(batch.lengths, self.device)
-        loss, seen = self.model.loss(batch.tokens.to(self.device), batch.targets.to(self.device), docs)
+        loss, seen = self.model.loss(tokens, targets, docs)
         loss.backward()  # type: ignore[no-untyped-call]
         self.muon.step(settings.muon_rate * factor)
         for group in self.adam.param_groups:
             group["lr"] = settings.adam_rate * factor
+            group["capturable"] = self._captured is not None and torch.cuda.is_current_stream_capturing()
         self.adam.step()
         self.model.zero_grad(set_to_none=True)
         clipped = qk_clip(self.model, seen.peaks, settings.qk_clip)
         balance(self.model, seen.loads, settings.balance_rate * factor)
-        self.step += 1
-        self.tokens_seen += len(batch.tokens)
-        self.next_document = batch.next_document
         loads = seen.loads.float()
-        return {
-            "tokens": self.tokens_seen,
-            "loss": float(loss.detach()),
-            "load": float((loads.amax(1) / loads.mean(1)).amax()),
-            "peak": float(seen.peaks.amax()),
-            "clipped": clipped,
-        }
+        load = (loads.amax(1) / loads.mean(1)).amax()
+        return torch.stack([loss.detach(), load, seen.peaks.amax(), clipped.float()])
 
     def save(self, file: Path) -> None:
         """Everything, atomically: an interrupted save leaves the previous one.
