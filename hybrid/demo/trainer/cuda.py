@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hybrid.demo.trainer.feed import Batch
+from hybrid.demo.trainer.feed import LONGEST, Batch
 from hybrid.demo.trainer.ops import Documents, Rope, TorchOps, pair_slots, rotated
 from offload.errors import UsageError
 
@@ -17,10 +17,6 @@ BLOCK = 128
 """Queries whose logits are examined at once."""
 TILE = 64
 """Rows that a product with one expert's weights takes; each expert's last tile is filled up with zeros."""
-LONGEST = 4096
-"""Tokens of the longest document: what the embedded model's positions reach."""
-_SHORTEST = 16
-"""Tokens of the documents in a batch, at least on average."""
 _WARM_UP = 3
 """Steps before the capture, which let libraries do what they do once."""
 
@@ -83,12 +79,12 @@ class CudaOps(TorchOps):
         owner = torch.searchsorted(ends, torch.arange(count, device=x.device), right=True).clamp_max_(
             experts - 1
         )
-        rows = x.new_zeros(count * TILE, x.shape[1]).index_copy(0, slot, x.index_select(0, pairs.token))
+        rows = x.new_zeros(count * TILE, x.shape[1]).index_copy_(0, slot, x.index_select(0, pairs.token))
         up_weights = gate_up.index_select(0, owner).transpose(1, 2)
         gate, up = torch.bmm(rows.view(count, TILE, -1), up_weights).chunk(2, -1)
         out = torch.bmm(F.silu(gate) * up, down_t.index_select(0, owner)).flatten(0, 1)
         share = weights.flatten().index_select(0, pairs.order)
-        return torch.zeros_like(x).index_add(0, pairs.token, out.index_select(0, slot) * share[:, None])
+        return torch.zeros_like(x).index_add_(0, pairs.token, out.index_select(0, slot) * share[:, None])
 
 
 def peak_logits(q: Tensor, k: Tensor, barred: Tensor) -> Tensor:
@@ -118,7 +114,8 @@ class CapturedStep:
         self._rows = torch.zeros(
             4, batch_tokens, dtype=torch.int64, device=device
         )  # tokens, targets, row, position
-        self._starts = torch.zeros(batch_tokens // _SHORTEST + 1, dtype=torch.int32, device=device)
+        # So few documents, since attention's kernels begin with all that there might be.
+        self._starts = torch.zeros(batch_tokens // 128 + 32, dtype=torch.int32, device=device)
         self._factor = torch.zeros((), device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._observed = torch.zeros(0)

@@ -21,6 +21,8 @@ from hybrid.demo.data.generator import conversation
 
 CHUNK = 64
 """Documents that one task writes."""
+LONGEST = 2560
+"""Tokens of a document at most; hardly one in a million has more, and is cut."""
 
 _encoder: Encoder | None = None  # one in each worker process
 
@@ -63,7 +65,7 @@ def _write_chunk(split: str, seed: int, first: int) -> list[Encoded]:
 
 class Feed:
     """Training batches of exactly `batch_tokens` tokens, from document `start` on; the last document of each is cut
-    where it is full.
+    where it is full, and one that is very long at LONGEST tokens.
 
     Args:
         directory: tokenizer files and chat template.
@@ -93,13 +95,12 @@ class Feed:
         held: list[Encoded] = []
         size = 0
         following = self._start
-        for one in self.documents():
-            held.append(one)
-            size += len(one.tokens)
+        for tokens, produced in self.documents():
+            kept = min(len(tokens), LONGEST, self._batch_tokens - size)
+            held.append(Encoded(tokens[:kept], produced[:kept]))
+            size += kept
             following += 1
-            if size >= self._batch_tokens:
-                kept = len(one.tokens) - (size - self._batch_tokens)
-                held[-1] = Encoded(one.tokens[:kept], one.produced[:kept])
+            if size == self._batch_tokens:
                 yield collate(held, following)
                 held, size = [], 0
 

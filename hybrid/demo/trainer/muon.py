@@ -31,7 +31,7 @@ def orthogonalize(x: Tensor) -> Tensor:
         x = x.transpose(1, 2).contiguous()
     for _ in range(ROUNDS):
         gram = x @ x.transpose(1, 2)
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.transpose(1, 2) if tall else x
 
 
@@ -83,18 +83,25 @@ class Muon:
         self._crew.each(muon_update, tasks)
 
     def _step_torch(self, rate: float | Tensor, decay: float | Tensor) -> None:
+        moved = [
+            (parameter, self.momentum[name], parameter.grad, shape)
+            for name, parameter, shape in self._stacks
+            if parameter.grad is not None
+        ]
+        parameters, momenta, grads, shapes = (list(each) for each in zip(*moved, strict=True))
+        torch._foreach_mul_(momenta, self.beta)
+        torch._foreach_add_(momenta, grads)
+        updates = torch._foreach_add(grads, momenta, alpha=self.beta)
+        torch._foreach_mul_(parameters, decay)
         by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-        for name, parameter, shape in self._stacks:
-            if parameter.grad is None:
-                continue
-            momentum = self.momentum[name].mul_(self.beta).add_(parameter.grad)
-            update = parameter.grad.add(momentum, alpha=self.beta)
+        for parameter, update, shape in zip(parameters, updates, shapes, strict=True):
             by_shape.setdefault(shape[1:], []).append((parameter.view(shape), update.view(shape)))
         for matrix, members in by_shape.items():
-            step = rate * 0.2 * max(matrix) ** 0.5
-            updates = orthogonalize(torch.cat([update for _, update in members]))
-            for (weight, _), update in zip(members, updates.split([len(w) for w, _ in members]), strict=True):
-                weight.mul_(decay).sub_(update * step)
+            weights = [weight for weight, _ in members]
+            step = orthogonalize(torch.cat([update for _, update in members])) * (
+                rate * 0.2 * max(matrix) ** 0.5
+            )
+            torch._foreach_sub_(weights, list(step.split([len(weight) for weight in weights])))
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.momentum)

@@ -96,13 +96,13 @@ class TorchOps:
         pairs = pair_slots(ids, experts)
         capacity = int(pairs.counts.max())
         slot = pairs.expert * capacity + pairs.rank
-        padded = x.new_zeros(experts * capacity, x.shape[1]).index_copy(
+        padded = x.new_zeros(experts * capacity, x.shape[1]).index_copy_(
             0, slot, x.index_select(0, pairs.token)
         )
         gate, up = torch.bmm(padded.view(experts, capacity, x.shape[1]), gate_up.transpose(1, 2)).chunk(2, -1)
         out = torch.bmm(F.silu(gate) * up, down_t).flatten(0, 1)
         share = weights.flatten().index_select(0, pairs.order)
-        return torch.zeros_like(x).index_add(0, pairs.token, out.index_select(0, slot) * share[:, None])
+        return torch.zeros_like(x).index_add_(0, pairs.token, out.index_select(0, slot) * share[:, None])
 
 
 def rotated(
@@ -149,7 +149,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _pad(x: Tensor, docs: Documents) -> Tensor:
     """[T,heads,d] -> [documents,heads,longest,d]."""
-    out = x.new_zeros((len(docs.starts) - 1) * docs.longest, *x.shape[1:]).index_copy(0, docs.slot, x)
+    out = x.new_zeros((len(docs.starts) - 1) * docs.longest, *x.shape[1:]).index_copy_(0, docs.slot, x)
     return out.unflatten(0, (-1, docs.longest)).transpose(1, 2)
 
 
