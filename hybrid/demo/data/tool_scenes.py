@@ -27,6 +27,16 @@ _AGAIN = {"city", "company", "person", "dish", "code"}
 """Kinds of which a tool's one argument is asked for again ("and in Rome?")."""
 _LISTABLE = _AGAIN | {"room", "word", "item", "language", "contact"}
 """Kinds of which a request may name several ("in Rome and Oslo")."""
+_JOINTS = [
+    "{}. {}", "{}. {}", "{}. {}", "{}. Also, {}", "{}; {}", "{}. And {}", "{}. Then {}", "{}. Oh, and {}", "{}. Next, {}",
+    "{}. After that, {}", "{}. Plus, {}", "{}.\n{}", "{}\n{}", "1. {}\n2. {}", "- {}\n- {}", "Two things: {}; {}",
+]  # fmt: skip
+_LOOSE_JOINTS = [
+    "{} and {}", "{} and {}", "{} and {}", "{}, and {}", "{}, and {}", "{} and also {}", "{}, then {}", "{} and then {}",
+    "{} and after that {}", "{}, plus {}", "{} plus {}", "{} & {}", "{}, and please {}", "{}, and while you are at it, {}",
+    "{}, and besides that, {}", "{}, also {}",
+]  # fmt: skip
+"""How two requests are put into one; the loose ones would seem to go on with free text."""
 _PLAINLY = 0.25
 """How often training asks in a tool's most ordinary wordings."""
 
@@ -164,15 +174,7 @@ def parallel(talk: Talk, *, answered: bool) -> None:
             chosen = rng.sample(talk.declared, 2)
         else:
             chosen = [rng.choice(talk.declared)] * 2
-        asked = [request(talk, chosen[0])]
-        joints = [". ", ". Also, ", "; "]
-        if not asked[0].open_ended:
-            joints += [" and ", " and ", ", and ", " and also ", ", then ", " and then ", " and after that "]
-        joint = rng.choice(joints)
-        asked.append(request(talk, chosen[1], begins=joint == ". "))
-        (one, two), more = (each.text for each in asked), not asked[1].open_ended
-        text = (one if joint[0] == "." and one[-1] == "?" else one.rstrip("?.") + joint[0]) + joint[1:] + two
-        calls = [(target, each.calls[0]) for target, each in zip(chosen, asked, strict=True)]
+        text, calls, more = _joined(talk, *chosen)
         wording = "two tools"
     else:
         single(talk, talk.declared[0], answered=answered)
@@ -181,6 +183,23 @@ def parallel(talk: Talk, *, answered: bool) -> None:
     talk.call(calls, "parallel", wording)
     if answered:
         answer(talk, calls, "parallel")
+
+
+def _joined(
+    talk: Talk, one: Declared, two: Declared
+) -> tuple[str, list[tuple[Declared, dict[str, Any]]], bool]:
+    """Two requests in one. -> the text, the calls, and whether another sentence may follow."""
+    first = request(talk, one)
+    head, joint, _ = talk.rng.choice(_JOINTS if first.open_ended else _JOINTS + _LOOSE_JOINTS).split("{}")
+    begins = joint[0] in ".\n" and not any(map(str.isalpha, joint))
+    second = request(talk, two, begins=begins)
+    text = first.text
+    if joint[0] == "." and text[-1] == "?":
+        joint = joint[1:]
+    elif joint[0] != "\n":
+        text = text.rstrip("?.")
+    calls = [(one, first.calls[0]), (two, second.calls[0])]
+    return head + text + joint + second.text, calls, not second.open_ended
 
 
 def incomplete(talk: Talk, target: Declared) -> None:
