@@ -179,7 +179,7 @@ def test_degrees_are_of_what_their_key_says() -> None:
 
 def test_sentences_around_a_request_draw_each_name_anew() -> None:
     names = []
-    for i in range(4000):
+    for i in range(12000):
         talk = Talk("train", Random(i))
         talk.user("hello", around=1.0)
         text = talk.messages[0]["content"]
