@@ -25,7 +25,7 @@ TOKENS = 2000
 @pytest.fixture(scope="module")
 def batches() -> list[Batch]:
     with Feed(ASSETS, seed=0, batch_tokens=TOKENS, start=0, workers=1) as feed:
-        return list(islice(feed.batches(), 8))
+        return list(islice(feed.batches(), 12))
 
 
 def new_run(device: str) -> Run:
@@ -56,6 +56,18 @@ def test_a_run_goes_on_from_its_save(batches: list[Batch], tmp_path: Path) -> No
     again.restore(tmp_path / "run.pt")
     for batch in batches[5:]:
         assert again.train(batch)["loss"] == pytest.approx(run.train(batch)["loss"], rel=1e-3)
+
+
+def test_a_run_goes_on_on_another_device(batches: list[Batch], tmp_path: Path) -> None:
+    """The save that is made after the capture, too, which holds a rate on the GPU."""
+    for begins, ends in (("cuda", "cpu"), ("cpu", "cuda")):
+        run, again = new_run(begins), new_run(ends)
+        for batch in batches[:6]:
+            run.train(batch)
+        run.save(tmp_path / "run.pt")
+        again.restore(tmp_path / "run.pt")
+        for batch in batches[6:]:
+            assert again.train(batch)["loss"] == pytest.approx(run.train(batch)["loss"], rel=1e-2)
 
 
 def test_a_batch_of_another_size_is_refused(batches: list[Batch]) -> None:

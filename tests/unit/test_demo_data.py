@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,7 +29,7 @@ from hybrid.demo.data.grammar import (
     tidy,
     with_articles,
 )
-from hybrid.demo.data.made_up import novel_tool
+from hybrid.demo.data.made_up import alike, neighbour, novel_tool
 from hybrid.demo.data.results import result
 from hybrid.demo.data.talk import Conversation, Talk, spoken, worded
 from hybrid.demo.data.tool_scenes import REFUSAL
@@ -372,6 +373,65 @@ def test_near_misses_are_refused_and_no_tools_work(some: list[Conversation]) -> 
     assert near["train"].isdisjoint(near["dev"] | near["sealed"]), near["train"] & (
         near["dev"] | near["sealed"]
     )
+
+
+def test_near_misses_in_sentences_keep_to_their_split() -> None:
+    held = {
+        text
+        for tool in written_tools()
+        for split in ("dev", "sealed")
+        for pattern in tool.near[split]
+        for text in every(pattern.line)
+    }
+    said = {
+        plainly(re.sub(r"\{[a-z_.]+\}", "<x>", pattern.sample(Random(i))))
+        for tool in written_tools()
+        for pattern in tool.near["train"]
+        for i in range(8)
+    }
+    assert len(said) > 5_000
+    assert not said & held
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_neighbours_are_other_tools(split: str) -> None:
+    """One word of the two is the same, the pair is the split's own; tools that only look something up have none."""
+    doers = 0
+    for i in range(300):
+        tool = novel_tool(split, Random(i))
+        other = neighbour(tool, split, Random(-i))
+        if other is None:
+            assert " " not in tool.novel_root
+            continue
+        doers += 1
+        assert split_of(other.novel_root) == split
+        assert set(tool.novel_root.split()) & set(other.novel_root.split())
+    assert doers > 50
+
+
+def test_alike_tools_are_never_told_apart() -> None:
+    assert alike("stop job", "pause task")
+    assert alike("population", "population")
+    assert not alike("stop job", "stop door")
+    assert not alike("area", "population")
+    for i in range(400):
+        talk = Talk("train", Random(i))
+        tool_scenes.declare_some(talk, 4)
+        roots = [d.tool.root for d in talk.declared]
+        assert not any(alike(one, other) for one, other in combinations(roots, 2)), roots
+
+
+def test_two_requests_in_one_hold_what_both_calls_need() -> None:
+    joined = 0
+    for i in range(400):
+        talk = Talk("train", Random(i))
+        tool_scenes.declare_some(talk, 2)
+        one, two = (talk.declared * 2)[:2]
+        text, calls, _ = tool_scenes._joined(talk, one, two)
+        assert [target for target, _ in calls] == [one, two]
+        names = [value for _, values in calls for value in values.values() if isinstance(value, str)]
+        joined += sum(value.lower() in text.lower() for value in names) == len(names) > 1
+    assert joined > 150  # the others have units, dates and switches, which are said in other words
 
 
 def test_plain_wordings_are_trainings_alone() -> None:

@@ -17,8 +17,8 @@ from hybrid.config import ModelConfig
 from hybrid.demo.data.encode import Encoder
 from hybrid.demo.data.generator import conversation
 from hybrid.demo.shape import config_fields
-from hybrid.demo.trainer.cuda import CudaOps, Packed, peak_logits
-from hybrid.demo.trainer.feed import Batch, Feed, collate, document
+from hybrid.demo.trainer.cuda import CudaOps, Packed, peak_logits, require_support
+from hybrid.demo.trainer.feed import LONGEST, Batch, Feed, collate, document
 from hybrid.demo.trainer.kernels.amx import STEP
 from hybrid.demo.trainer.kernels.gemm import Array, Crew, exp_row, gemm, max_row
 from hybrid.demo.trainer.kernels.products import TILES, VECTORS, Products
@@ -227,7 +227,20 @@ def test_operations_on_tiles_match_torch_within_bfloat16(encoder: Encoder) -> No
         assert (got - wanted).norm() / wanted.norm() < 0.1, name
 
 
-def test_tiled_experts_match_padded_ones(fields: dict[str, Any]) -> None:
+def test_a_gpu_too_old_to_train_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with pytest.raises(UsageError, match=r"Tesla T4 and torch 2\.11\.0"):
+        require_support(CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    require_support(CPU)
+    monkeypatch.setattr(torch, "__version__", "2.9.1")
+    with pytest.raises(UsageError, match="Use --device cpu"):
+        require_support(CPU)
+
+
+def test_tiled_experts_match_padded_ones() -> None:
     """Of a GPU's step, with experts that get nothing, one row, and several tiles."""
     torch.manual_seed(3)
     experts, hidden, width, tokens = 7, 24, 12, 200
@@ -251,10 +264,11 @@ def test_tiled_experts_match_padded_ones(fields: dict[str, Any]) -> None:
 
 def test_packed_peaks_are_those_of_each_document() -> None:
     torch.manual_seed(4)
-    lengths = torch.tensor([1, 130, 57, 300, 12])
+    lengths = torch.tensor([1, 130, 57, LONGEST, 12])
     docs = Documents.of(lengths, CPU)
     packed = Packed.over(docs.starts.int(), docs.row, docs.position)
-    q, k = torch.randn(2, 500, 3, 8).bfloat16()
+    assert int((packed.barred == 0).sum()) == sum(n * (n + 1) // 2 for n in lengths.tolist())
+    q, k = torch.randn(2, int(lengths.sum()), 3, 8).bfloat16()
     wanted = torch.full((3,), -torch.inf)
     for a, b in pairwise(docs.starts.tolist()):
         scores = torch.einsum("qhd,khd->hqk", q[a:b].float(), k[a:b].float())
@@ -320,6 +334,21 @@ def test_compiled_muon_matches_torch(fields: dict[str, Any]) -> None:
             optimiser.step(5e-3)
     for (name, mine), theirs in zip(native.named_parameters(), plain.named_parameters(), strict=True):
         torch.testing.assert_close(mine, theirs[1], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_muon_takes_its_rate_as_a_tensor_too(fields: dict[str, Any]) -> None:
+    """As a captured step does, whose rates change from replay to replay."""
+    stepped = []
+    for rate in (0.01, torch.tensor(0.01)):
+        model = two_models(fields)[0]
+        muon = Muon(model)
+        muon.step(rate)  # of nothing, as no gradient is there
+        for i, parameter in enumerate(model.parameters()):
+            parameter.grad = torch.full_like(parameter, 0.1 * i).cumsum(0)
+        muon.step(rate)
+        stepped.append([p.detach() for p in model.parameters()])
+    for one, other in zip(*stepped, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_muon_step_is_its_definition() -> None:
@@ -492,6 +521,22 @@ def test_feed_goes_on_from_any_document(encoder: Encoder) -> None:
     assert torch.equal(
         straight[0].tokens[: len(first.tokens)], torch.from_numpy(first.tokens.astype(np.int64))
     )
+
+
+def test_feed_cuts_long_documents_and_refuses_small_batches(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hybrid.demo.trainer.feed.LONGEST", 100)
+    with Feed(ASSETS, seed=3, batch_tokens=1500, start=0, workers=1) as feed:
+        batch = next(feed.batches())
+    assert int(batch.lengths.max()) == 100
+    assert int(batch.lengths.sum()) == len(batch.tokens) == 1500
+    for i, first in enumerate(np.cumsum(batch.lengths.numpy())[:-2] - 100):
+        whole = document(encoder, "train", 3, i).tokens.astype(np.int64)
+        if len(whole) > 100:
+            assert torch.equal(batch.tokens[first : first + 100], torch.from_numpy(whole[:100]))
+    with pytest.raises(UsageError, match="1024 at least"):
+        Feed(ASSETS, seed=3, batch_tokens=1000, start=0, workers=1)
 
 
 def test_targets_are_the_next_produced_tokens(encoder: Encoder) -> None:

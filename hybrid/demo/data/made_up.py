@@ -32,13 +32,14 @@ _FETCH_NAMES = (
     "get_{}/find_{}/{}_lookup/fetch_{}/lookup_{}/{}_of/{}/query_{}/show_{}/read_{}/get_{}_info".split("/")
 )
 _ACTS = """delete archive close lock unlock approve cancel restart stop pause invite block follow ban print rename copy move
-hide show start resume accept reject mute pin share export import clean repair test check count sort""".split()
+hide start resume accept reject mute pin share export import clean repair test count sort""".split()
 _OBJECTS = """file ticket project user account door job server folder window group channel page table camera printer
 playlist document invoice branch build task machine robot gate device sensor room report backup member image video""".split()
 _ACT_NAMES = ["{}_{}", "{}_{}", "do_{}_{}", "{}_the_{}", "{}_{}_by_name", "{}_{}_now"]
 _ALIKE = [
-    {"approve", "accept"}, {"stop", "pause"}, {"start", "resume"}, {"block", "ban"}, {"job", "task"},
-    {"gate", "door"}, {"picture", "image"}, {"machine", "device"}, {"machine", "robot"}, {"user", "account"},
+    {"approve", "accept"}, {"stop", "pause", "cancel"}, {"start", "resume", "restart"}, {"block", "ban"}, {"copy", "export"},
+    {"job", "task"}, {"gate", "door"}, {"picture", "image"}, {"machine", "device", "robot"}, {"user", "account"},
+    {"file", "document"}, {"clean", "repair"},
 ]  # fmt: skip
 """Verbs and objects that many would take for each other."""
 _FREELY = 0.4
@@ -53,20 +54,24 @@ def novel_tool(split: str, rng: Random) -> Tool:
 
 
 def neighbour(tool: Tool, split: str, rng: Random) -> Tool | None:
-    """One that does something else to the same, or the same to something else, as `tool` does; None for a tool that
-    looks something up."""
+    """One that does something else to the same, or the same to something else, as `tool` does, in other words at
+    least; None for a tool that looks something up."""
     act, _, thing = tool.novel_root.partition(" ")
     if not thing:
         return None
     while True:
         other, another = _act(split, rng)
-        if rng.random() < 0.4:
-            pair, changed = (act, another), {thing, another}
-        else:
-            pair, changed = (other, thing), {act, other}
-        alike = len(changed) == 1 or any(changed <= same for same in _ALIKE)
-        if not alike and split_of(" ".join(pair)) == split:
+        pair = (act, another) if rng.random() < 0.4 else (other, thing)
+        if split_of(" ".join(pair)) == split:
             return _doer(*pair, rng)
+
+
+def alike(one: str, other: str) -> bool:
+    """Whether two made-up tools of these roots would be taken for each other."""
+    pairs = list(zip(one.split(), other.split(), strict=False))
+    return one == other or (
+        len(pairs) == 2 and all(a == b or any({a, b} <= same for same in _ALIKE) for a, b in pairs)
+    )
 
 
 def _fetcher(noun: str, rng: Random) -> Tool:
@@ -100,7 +105,7 @@ def _doer(act: str, thing: str, rng: Random) -> Tool:
 
 def _subject(kind: str, rng: Random) -> Parameter:
     """What a made-up tool is given."""
-    own = _SUBJECTS.get(kind, ["name"])
+    own = _SUBJECTS[kind]
     abouts = [f"The {own[0]}", f"Name of the {own[0]}", f"Which {own[0]}"]
     return Parameter(["key", rng.choice(own)], kind, abouts, True)
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from hybrid.demo.data import small_talk
 from hybrid.demo.data.arguments import Value, argument
 from hybrid.demo.data.grammar import Pattern, fill, last_slot
-from hybrid.demo.data.made_up import neighbour, novel_tool
+from hybrid.demo.data.made_up import alike, neighbour, novel_tool
 from hybrid.demo.data.results import result
 from hybrid.demo.data.talk import Talk, spoken, worded
 from hybrid.demo.data.toolbox import Declared, Parameter, Tool, declare, written_tools
@@ -33,7 +33,7 @@ _JOINTS = [
 ]  # fmt: skip
 _LOOSE_JOINTS = [
     "{} and {}", "{} and {}", "{} and {}", "{}, and {}", "{}, and {}", "{} and also {}", "{}, then {}", "{} and then {}",
-    "{} and after that {}", "{}, plus {}", "{} plus {}", "{} & {}", "{}, and please {}", "{}, and while you are at it, {}",
+    "{} and after that {}", "{} & {}", "{}, and please {}", "{}, and while you are at it, {}",
     "{}, and besides that, {}", "{}, also {}",
 ]  # fmt: skip
 """How two requests are put into one; the loose ones would seem to go on with free text."""
@@ -42,7 +42,7 @@ _PLAINLY = 0.25
 
 
 def _clash(a: Tool, b: Tool) -> bool:
-    return a.root == b.root or any({a.key, b.key} <= group for group in _CONFUSABLE)
+    return alike(a.root, b.root) or any({a.key, b.key} <= group for group in _CONFUSABLE)
 
 
 def declare_some(talk: Talk, count: int, *, weather: bool = False) -> None:

@@ -1,5 +1,5 @@
 """The training step on an NVIDIA GPU: operations that never wait for it, so that the whole step can be captured as
-one CUDA graph. A step is a thousand kernels of a few microseconds; launched one by one they take several times as
+one CUDA graph. A step is two thousand kernels of some ten microseconds; launched one by one they take several times as
 long as they run."""
 
 from collections.abc import Callable
@@ -19,12 +19,27 @@ TILE = 64
 """Rows that a product with one expert's weights takes; each expert's last tile is filled up with zeros."""
 _WARM_UP = 3
 """Steps before the capture, which let libraries do what they do once."""
+_ROOM = 128
+"""There is room for a document per so many tokens of a batch, and for 31 more; documents have 640 on average.
+Attention's kernels start blocks for all there might be, so room costs time."""
+
+
+def require_support(device: torch.device) -> None:
+    """Raises:
+    UsageError: the GPU, or torch, is too old for a captured step.
+    """
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if torch.cuda.get_device_capability(device) < (8, 0) or release < (2, 11):
+        raise UsageError(
+            f"training on a GPU takes one of compute capability 8.0 (Ampere) or newer and torch 2.11 or newer; "
+            f"here are {torch.cuda.get_device_name(device)} and torch {torch.__version__}. Use --device cpu"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Packed(Documents):
-    """Documents all on the model's device, in shapes that only the number of tokens decides: `starts` is int32 and
-    repeats its last, and none is taken for longer than LONGEST.
+    """Documents in shapes that only the number of tokens decides. Unlike other Documents' their `starts` is int32, on
+    the model's device, and repeats its last entry; `longest` is LONGEST whatever they are.
 
     `barred` bfloat16 [blocks, BLOCK, LONGEST + BLOCK]: -inf where a query must not see a key, else 0.
     """
@@ -33,6 +48,7 @@ class Packed(Documents):
 
     @classmethod
     def over(cls, starts: Tensor, row: Tensor, position: Tensor) -> "Packed":
+        """starts int32 [documents + 1 at most], row, position int64 [tokens] (of Documents), on one device."""
         query = F.pad(row, (0, -len(row) % BLOCK), value=-1).view(-1, BLOCK, 1)
         key = _windows(F.pad(row, (LONGEST, -len(row) % BLOCK), value=-2)[:, None], LONGEST)
         ahead = torch.ones(BLOCK, LONGEST + BLOCK, dtype=torch.bool, device=row.device).triu(LONGEST + 1)
@@ -49,8 +65,8 @@ def _windows(x: Tensor, before: int) -> Tensor:
 
 
 class CudaOps(TorchOps):
-    """Ops whose shapes are known before the work is done. Factors of attention are rounded to bfloat16, those of
-    the other products to TF32, if torch is so set."""
+    """Ops whose shapes are known before the work is done. Attention takes and gives bfloat16, on Packed documents; the
+    factors of other products are rounded to TF32, if torch is so set."""
 
     def attention(
         self, q: Tensor, kv: Tensor, k_pe: Tensor, docs: Documents, rope: Rope
@@ -88,7 +104,8 @@ class CudaOps(TorchOps):
 
 
 def peak_logits(q: Tensor, k: Tensor, barred: Tensor) -> Tensor:
-    """The largest unscaled q.k of each head that `barred` (of Packed) lets through: q, k [T,heads,d] -> [heads]."""
+    """The largest unscaled q.k of each head that `barred` (of Packed) lets through: q, k bfloat16 [T,heads,d] ->
+    bfloat16 [heads]."""
     tokens, heads, _ = q.shape
     fill = -tokens % BLOCK
     q, k = F.pad(q, (0, 0, 0, 0, 0, fill)), F.pad(k, (0, 0, 0, 0, LONGEST, fill))
@@ -99,14 +116,14 @@ def peak_logits(q: Tensor, k: Tensor, barred: Tensor) -> Tensor:
 
 
 Update = Callable[[Tensor, Tensor, Documents, Tensor], Tensor]
+"""tokens, targets int64 [T], their documents, a factor [] on the rates -> what was observed, a tensor."""
 
 
 class CapturedStep:
     """A step on batches of a fixed number of tokens, as a CUDA graph.
 
     Args:
-        update: the step, (tokens, targets, documents, factor on the rates) -> what was observed; it must do the same
-            to the same memory every time, without waiting for the GPU.
+        update: the step; it must do the same to the same memory every time, without waiting for the GPU.
     """
 
     def __init__(self, update: Update, batch_tokens: int, device: torch.device) -> None:
@@ -114,8 +131,7 @@ class CapturedStep:
         self._rows = torch.zeros(
             4, batch_tokens, dtype=torch.int64, device=device
         )  # tokens, targets, row, position
-        # So few documents, since attention's kernels begin with all that there might be.
-        self._starts = torch.zeros(batch_tokens // 128 + 32, dtype=torch.int32, device=device)
+        self._starts = torch.zeros(batch_tokens // _ROOM + 32, dtype=torch.int32, device=device)
         self._factor = torch.zeros((), device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._observed = torch.zeros(0)
@@ -137,10 +153,11 @@ class CapturedStep:
                 self._observed = self._step()
             torch.cuda.current_stream().wait_stream(self._stream)
         else:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 self._observed = self._step()
-            self._graph.replay()
+            self._graph = graph
+            graph.replay()
         self._taken += 1
         return self._observed
 

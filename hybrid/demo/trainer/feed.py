@@ -18,9 +18,12 @@ from torch import Tensor
 
 from hybrid.demo.data.encode import Encoded, Encoder
 from hybrid.demo.data.generator import conversation
+from offload.errors import UsageError
 
 CHUNK = 64
 """Documents that one task writes."""
+FEWEST = 1024
+"""Tokens of a batch: declarations alone, which nobody has to produce, take up to some 400."""
 LONGEST = 2560
 """Tokens of a document at most; hardly one in a million has more, and is cut."""
 
@@ -65,14 +68,21 @@ def _write_chunk(split: str, seed: int, first: int) -> list[Encoded]:
 
 class Feed:
     """Training batches of exactly `batch_tokens` tokens, from document `start` on; the last document of each is cut
-    where it is full, and one that is very long at LONGEST tokens.
+    where it is full, and one that is very long at LONGEST tokens; what is cut off is never seen.
 
     Args:
         directory: tokenizer files and chat template.
         workers: processes that write ahead; each writes about 100,000 tokens a second.
+
+    Raises:
+        UsageError: `batch_tokens` is less than FEWEST.
     """
 
     def __init__(self, directory: Path, seed: int, batch_tokens: int, start: int, workers: int) -> None:
+        if batch_tokens < FEWEST:
+            raise UsageError(
+                f"{batch_tokens} tokens a step: {FEWEST} at least, so that each has some to learn"
+            )
         self._seed, self._batch_tokens, self._start = seed, batch_tokens, start
         self._ahead = 2 * workers + 2
         spawn = multiprocessing.get_context("spawn")

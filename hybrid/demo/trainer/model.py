@@ -128,10 +128,10 @@ class DemoModel(nn.Module):
         self._rope: Rope | None = None
 
     def rope(self, positions: int) -> Rope:
-        """Tables of at least `positions` rows, on the model's device."""
+        """Tables of at least `positions` rows, on the model's device; a captured step needs them to stay."""
         if self._rope is None or len(self._rope.cos) < positions:
             device = self.embed_tokens.device
-            table = torch.arange(max(positions, 2048), device=device)
+            table = torch.arange(max(positions, self.config.max_position_embeddings), device=device)
             cos, sin = RotaryEmbedding(self.config, device).at(table)
             self._rope = Rope(cos.contiguous(), sin.contiguous(), softmax_scale(self.config))
         return self._rope

@@ -88,6 +88,8 @@ class Muon:
             for name, parameter, shape in self._stacks
             if parameter.grad is not None
         ]
+        if not moved:
+            return
         parameters, momenta, grads, shapes = (list(each) for each in zip(*moved, strict=True))
         torch._foreach_mul_(momenta, self.beta)
         torch._foreach_add_(momenta, grads)
@@ -98,10 +100,9 @@ class Muon:
             by_shape.setdefault(shape[1:], []).append((parameter.view(shape), update.view(shape)))
         for matrix, members in by_shape.items():
             weights = [weight for weight, _ in members]
-            step = orthogonalize(torch.cat([update for _, update in members])) * (
-                rate * 0.2 * max(matrix) ** 0.5
-            )
-            torch._foreach_sub_(weights, list(step.split([len(weight) for weight in weights])))
+            steps = orthogonalize(torch.cat([update for _, update in members]))
+            steps *= rate * 0.2 * max(matrix) ** 0.5
+            torch._foreach_sub_(weights, list(steps.split([len(weight) for weight in weights])))
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.momentum)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hybrid.config import ModelConfig
-from hybrid.demo.trainer.cuda import CapturedStep, CudaOps
+from hybrid.demo.trainer.cuda import CapturedStep, CudaOps, require_support
 from hybrid.demo.trainer.feed import Batch
 from hybrid.demo.trainer.model import DemoModel
 from hybrid.demo.trainer.muon import Muon, balance, qk_clip
@@ -53,7 +53,11 @@ class Settings:
 @dataclass
 class Run:
     """A model in training. `threads`: of the compiled CPU path; None: torch's operations, on `device`; a GPU takes
-    batches of exactly `settings.batch_tokens`."""
+    batches of exactly `settings.batch_tokens`.
+
+    Raises:
+        UsageError: the GPU, or torch for it, is too old.
+    """
 
     settings: Settings
     config: dict[str, Any]
@@ -66,20 +70,31 @@ class Run:
 
     def __post_init__(self) -> None:
         cuda = self.device.type == "cuda"
+        if cuda:
+            require_support(self.device)
         ops: Ops = NativeOps(self.threads) if self.threads is not None else CudaOps() if cuda else TorchOps()
         torch.manual_seed(self.settings.seed)
         self.model = DemoModel(ModelConfig.from_dict(self.config), ops).to(self.device)
         self.muon = Muon(self.model, threads=self.threads)
         rest = [p for name, p in self.model.named_parameters() if name not in self.muon.momentum]
         self.adam = torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        self._captured = CapturedStep(self._update, self.settings.batch_tokens, self.device) if cuda else None
+        self._captured = self._capture()
+
+    def _capture(self) -> CapturedStep | None:
+        if self.device.type != "cuda":
+            return None
+        return CapturedStep(self._update, self.settings.batch_tokens, self.device)
 
     @property
     def complete(self) -> bool:
         return self.tokens_seen >= self.settings.tokens
 
     def train(self, batch: Batch) -> dict[str, float]:
-        """One step. -> loss, load (largest layer's maximum over mean), peak logit, heads clipped."""
+        """One step. -> loss, load (largest layer's maximum over mean), peak logit, heads clipped.
+
+        Raises:
+            UsageError: on a GPU, a batch of another size.
+        """
         factor = self.settings.schedule(self.tokens_seen, self.step)
         if self._captured is not None:
             observed = self._captured(batch, factor)
@@ -162,6 +177,7 @@ class Run:
             self.model.load_state_dict(state["model"])
             self.muon.load_state_dict(state["muon"])
             self.adam.load_state_dict(state["adam"])
+            self._captured = self._capture()  # the optimizer's state is in other memory now
             self.step, self.tokens_seen, self.next_document = state["counters"]
             self.history = state["history"]
         except _DAMAGE as error:
