@@ -281,7 +281,7 @@ def test_one_command_trains_goes_on_and_exports(tmp_path: Path, capsys: pytest.C
         "--tokens",
         "3e3",
         "--batch-tokens",
-        "800",
+        "1024",
         "--device",
         "cpu",
         "--evaluate-every",
@@ -319,7 +319,7 @@ def test_a_run_refuses_another_tokenizer(
         f"{ranks[-1].split()[0]} {len(ranks) - 2}",
     )
     (other / "tiktoken.model").write_text("\n".join(ranks) + "\n")
-    command = [str(tmp_path / "run"), "--batch-tokens", "800", "--device", "cpu", "--stop-minutes", "0"]
+    command = [str(tmp_path / "run"), "--batch-tokens", "1024", "--device", "cpu", "--stop-minutes", "0"]
     train.main(command)
     monkeypatch.setattr("hybrid.synth.ASSETS", other)
     assert failed(train.main, *command) == 2
