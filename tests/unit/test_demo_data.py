@@ -409,7 +409,7 @@ def test_neighbours_are_other_tools(split: str) -> None:
     assert doers > 50
 
 
-def test_alike_tools_are_never_told_apart() -> None:
+def test_alike_tools_are_never_declared_together() -> None:
     assert alike("stop job", "pause task")
     assert alike("population", "population")
     assert not alike("stop job", "stop door")

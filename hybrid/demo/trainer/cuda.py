@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hybrid.demo.trainer.feed import LONGEST, Batch
-from hybrid.demo.trainer.ops import Documents, Rope, TorchOps, pair_slots, rotated
+from hybrid.demo.trainer.ops import Documents, Rope, TorchOps, experts_in_blocks, pair_slots, rotated
 from offload.errors import UsageError
 
 BLOCK = 128
@@ -95,12 +95,8 @@ class CudaOps(TorchOps):
         owner = torch.searchsorted(ends, torch.arange(count, device=x.device), right=True).clamp_max_(
             experts - 1
         )
-        rows = x.new_zeros(count * TILE, x.shape[1]).index_copy_(0, slot, x.index_select(0, pairs.token))
-        up_weights = gate_up.index_select(0, owner).transpose(1, 2)
-        gate, up = torch.bmm(rows.view(count, TILE, -1), up_weights).chunk(2, -1)
-        out = torch.bmm(F.silu(gate) * up, down_t.index_select(0, owner)).flatten(0, 1)
-        share = weights.flatten().index_select(0, pairs.order)
-        return torch.zeros_like(x).index_add_(0, pairs.token, out.index_select(0, slot) * share[:, None])
+        own = (matrices.index_select(0, owner) for matrices in (gate_up, down_t))
+        return experts_in_blocks(x, weights, pairs, slot, TILE, *own)
 
 
 def peak_logits(q: Tensor, k: Tensor, barred: Tensor) -> Tensor:

@@ -96,13 +96,22 @@ class TorchOps:
         pairs = pair_slots(ids, experts)
         capacity = int(pairs.counts.max())
         slot = pairs.expert * capacity + pairs.rank
-        padded = x.new_zeros(experts * capacity, x.shape[1]).index_copy_(
-            0, slot, x.index_select(0, pairs.token)
-        )
-        gate, up = torch.bmm(padded.view(experts, capacity, x.shape[1]), gate_up.transpose(1, 2)).chunk(2, -1)
-        out = torch.bmm(F.silu(gate) * up, down_t).flatten(0, 1)
-        share = weights.flatten().index_select(0, pairs.order)
-        return torch.zeros_like(x).index_add_(0, pairs.token, out.index_select(0, slot) * share[:, None])
+        return experts_in_blocks(x, weights, pairs, slot, capacity, gate_up, down_t)
+
+
+def experts_in_blocks(
+    x: Tensor, weights: Tensor, pairs: "Pairs", slot: Tensor, size: int, gate_up: Tensor, down_t: Tensor
+) -> Tensor:
+    """`Ops.experts` with the pairs laid out in blocks of `size` rows, each with matrices of its own.
+
+    `slot` int64 [T*k]: each pair's row; gate_up [blocks,2I,H], down_t [blocks,I,H].
+    """
+    blocks, hidden = len(gate_up), x.shape[1]
+    rows = x.new_zeros(blocks * size, hidden).index_copy_(0, slot, x.index_select(0, pairs.token))
+    gate, up = torch.bmm(rows.view(blocks, size, hidden), gate_up.transpose(1, 2)).chunk(2, -1)
+    out = torch.bmm(F.silu(gate) * up, down_t).flatten(0, 1)
+    share = weights.flatten().index_select(0, pairs.order)
+    return torch.zeros_like(x).index_add_(0, pairs.token, out.index_select(0, slot) * share[:, None])
 
 
 def rotated(
