@@ -14,8 +14,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from offload.errors import HybridError, UsageError
+
+if TYPE_CHECKING:
+    from hybrid.demo.trainer.state import Run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,6 +34,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--muon-rate", type=_amount, default=5e-3)
     parser.add_argument("--adam-rate", type=_amount, default=3e-3)
+    parser.add_argument("--balance-rate", type=_amount, default=0.01)
+    parser.add_argument(
+        "--from",
+        type=Path,
+        dest="begin",
+        metavar="MODEL",
+        help="begin a run with an exported model's weights",
+    )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--threads", type=_count, default=2, help="CPU threads (default 2)")
     parser.add_argument("--workers", type=_count, default=1, help="processes that write data (default 1)")
@@ -115,7 +127,8 @@ def _train(args: argparse.Namespace, stop: threading.Event) -> None:
         batch_tokens=args.batch_tokens,
         muon_rate=args.muon_rate,
         adam_rate=args.adam_rate,
-        text=_digest(ASSETS),
+        balance_rate=args.balance_rate,
+        text=digest(ASSETS),
     )
     fields = config_fields(encoder.tokenizer)
     run = Run(settings, fields, torch.device("cuda" if cuda else "cpu"), None if cuda else args.threads)
@@ -123,6 +136,8 @@ def _train(args: argparse.Namespace, stop: threading.Event) -> None:
     if saved.exists():
         run.restore(saved, args.tokens)
         print(f"going on from {run.tokens_seen / 1e6:.2f}M of {run.settings.tokens / 1e6:.2f}M tokens")
+    elif args.begin:
+        begin_with(args.begin, run)
     if not run.complete:
         loop = Loop(
             run,
@@ -142,7 +157,22 @@ def _train(args: argparse.Namespace, stop: threading.Event) -> None:
     print(f"exported to {out}: {sum(f.stat().st_size for f in out.iterdir()) / 2**20:.2f} MiB")
 
 
-def _digest(directory: Path) -> str:
+def begin_with(directory: Path, run: "Run") -> None:
+    """Give the run an exported model's weights.
+
+    Raises:
+        UsageError: the model has another shape, tokenizer or chat template than the run.
+        HybridError: its files are damaged.
+        OSError: they cannot be read.
+    """
+    from hybrid.demo.export import config_of, read_back
+
+    if config_of(directory) != run.model.config or digest(directory) != run.settings.text:
+        raise UsageError(f"{directory}: a model of another shape, or with another tokenizer or chat template")
+    read_back(directory, run.model)
+
+
+def digest(directory: Path) -> str:
     """Of what turns conversations into tokens: a run that went on with another would unlearn all it knows."""
     digest = hashlib.sha256()
     for name in ("tiktoken.model", "tokenizer_config.json", "chat_template.jinja"):

@@ -16,7 +16,9 @@ import torch
 from hybrid.config import ModelConfig
 from hybrid.demo.data.encode import Encoder
 from hybrid.demo.data.generator import conversation
+from hybrid.demo.export import export
 from hybrid.demo.shape import config_fields
+from hybrid.demo.train import begin_with, digest
 from hybrid.demo.trainer.cuda import CudaOps, Packed, peak_logits, require_support
 from hybrid.demo.trainer.feed import LONGEST, Batch, Feed, collate, document
 from hybrid.demo.trainer.kernels.amx import STEP
@@ -476,6 +478,27 @@ def test_a_complete_run_goes_on_with_more_tokens(
     before = {name: tensor.clone() for name, tensor in longer.model.state_dict().items()}
     longer.train(batches[1])
     assert any(not torch.equal(tensor, before[name]) for name, tensor in longer.model.state_dict().items())
+
+
+def test_a_run_begins_with_an_exported_model(fields: dict[str, Any], tmp_path: Path) -> None:
+    text = digest(ASSETS)
+    learnt, run = small_run(fields, seed=1), small_run(fields, text=text)
+    with torch.no_grad():  # what bfloat16 and fp8 leave as it is
+        for parameter in learnt.model.parameters():
+            parameter.copy_(parameter.sign())
+    out = export(learnt.model, fields, ASSETS, tmp_path / "model")
+    begin_with(out, run)
+    for (name, mine), theirs in zip(
+        run.model.state_dict().items(), learnt.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(mine, theirs), name
+    wider = small_run(config_fields(Encoder(ASSETS).tokenizer, SMALL | {"intermediate_size": 64}), text=text)
+    with pytest.raises(UsageError, match="another shape"):
+        begin_with(out, wider)
+    with (out / "chat_template.jinja").open("a", encoding="utf-8") as template:
+        template.write(" ")
+    with pytest.raises(UsageError, match="chat template"):
+        begin_with(out, run)
 
 
 def test_restore_refuses_other_runs_and_damage(fields: dict[str, Any], tmp_path: Path) -> None:

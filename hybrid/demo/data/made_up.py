@@ -116,8 +116,13 @@ def _noun(split: str, rng: Random) -> str:
     if split != "train" or rng.random() >= _FREELY:
         return rng.choice(nouns)
     words = Vocabulary(split, rng)
+    parts = [part for noun in nouns for part in noun.split("_")]
+    mixed = rng.random() < 0.3  # so that "volume" may be the head of anything
     while True:
-        noun = "_".join(words.text("word") for _ in range(rng.choice([1, 1, 2])))
+        if mixed:
+            noun = "_".join(rng.sample(parts, 2))
+        else:
+            noun = "_".join(words.text("word") for _ in range(rng.choice([1, 1, 2])))
         if split_of(noun) == split:
             return noun
 

@@ -193,6 +193,8 @@ def _joined(
     head, joint, _ = talk.rng.choice(_JOINTS if first.open_ended else _JOINTS + _LOOSE_JOINTS).split("{}")
     begins = joint[0] in ".\n" and not any(map(str.isalpha, joint))
     second = request(talk, two, begins=begins)
+    while one is two and second.calls == first.calls:
+        second = request(talk, two, begins=begins)
     text = first.text
     if joint[0] == "." and text[-1] == "?":
         joint = joint[1:]

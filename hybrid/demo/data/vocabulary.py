@@ -330,9 +330,9 @@ _LISTED = {
 
 
 _JUMBLED = {
-    "item": (0.4, 1, 2), "event": (0.35, 1, 3), "message": (0.5, 1, 6), "task": (0.45, 2, 5), "topping": (0.2, 1, 1),
-    "dish": (0.25, 1, 3), "topic": (0.25, 1, 4), "snippet": (0.3, 2, 6), "status": (0.3, 1, 4), "error": (0.3, 2, 4),
-    "city": (0.12, 2, 2), "company": (0.15, 1, 3), "title": (0.25, 1, 4), "animal": (0.2, 1, 1),
+    "item": (0.5, 1, 2), "event": (0.5, 1, 3), "message": (0.55, 1, 6), "task": (0.5, 2, 5), "topping": (0.25, 1, 1),
+    "dish": (0.4, 1, 3), "topic": (0.4, 1, 4), "snippet": (0.35, 2, 6), "status": (0.35, 1, 4), "error": (0.35, 2, 4),
+    "city": (0.18, 1, 2), "company": (0.35, 1, 3), "title": (0.45, 1, 4), "animal": (0.2, 1, 1),
 }  # fmt: skip
 """Kinds that training also makes up of any words: how often, and of how many."""
 _NAMES = {"city", "company", "title"}
