@@ -122,9 +122,13 @@ def _noun(split: str, rng: Random) -> str:
         if mixed:
             noun = "_".join(rng.sample(parts, 2))
         else:
-            noun = "_".join(words.text("word") for _ in range(rng.choice([1, 1, 2])))
+            noun = "_".join(_free(words) for _ in range(rng.choice([1, 1, 2])))
         if split_of(noun) == split:
             return noun
+
+
+def _free(words: Vocabulary) -> str:
+    return words.any_word() if words.rng.random() < 0.6 else words.text("word")
 
 
 def _act(split: str, rng: Random) -> tuple[str, str]:
@@ -132,8 +136,8 @@ def _act(split: str, rng: Random) -> tuple[str, str]:
     words = Vocabulary(split, rng)
     freely = split == "train" and rng.random() < _FREELY
     while True:
-        act = words.text("word") if freely and rng.random() < 0.7 else rng.choice(_ACTS)
-        thing = words.text("word") if freely and rng.random() < 0.7 else rng.choice(_OBJECTS)
+        act = _free(words) if freely and rng.random() < 0.7 else rng.choice(_ACTS)
+        thing = _free(words) if freely and rng.random() < 0.7 else rng.choice(_OBJECTS)
         if split_of(f"{act} {thing}") == split:
             return act, thing
 

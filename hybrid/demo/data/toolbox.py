@@ -12,7 +12,7 @@ from typing import Any
 
 from hybrid.demo.data.arguments import SCHEMAS
 from hybrid.demo.data.grammar import SPLITS, Pattern, all_wordings, blocks, framed_phrase
-from hybrid.demo.data.vocabulary import split_of
+from hybrid.demo.data.vocabulary import common_words, split_of
 
 
 @dataclass(frozen=True)
@@ -150,9 +150,9 @@ def _renamed_freely(name: str, rng: Random) -> str:
         words.reverse()
     ends = rng.choice(["head", "tail", "both"])
     if ends != "tail":
-        words = [rng.choice(_NAME_HEADS), *words]
+        words = [rng.choice(_NAME_HEADS if rng.random() < 0.6 else common_words()), *words]
     if ends != "head":
-        words = [*words, rng.choice(_NAME_TAILS)]
+        words = [*words, rng.choice(_NAME_TAILS if rng.random() < 0.6 else common_words())]
     return "_".join(words)
 
 

@@ -2,6 +2,8 @@
 
 import re
 import zlib
+from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 from importlib import resources
 from random import Random
@@ -30,24 +32,44 @@ def _lists() -> dict[str, dict[str, list[str]]]:
     return found
 
 
+def _lines() -> Iterator[tuple[str, str]]:
+    """Every line that the data files have for training, each with its file's name."""
+    files = (file.name for file in (resources.files(__package__) / "text").iterdir())
+    for name in sorted(name for name in files if name.endswith(".txt")):
+        for block in blocks(name):
+            for heading, lines in block.items():
+                if heading not in SPLITS[1:]:
+                    yield from ((name, line) for line in lines)
+
+
 @cache
 def _said() -> list[str]:
     """Every lower-case word that the data files have for training."""
-    files = (file.name for file in (resources.files(__package__) / "text").iterdir())
-    found = (b for name in files if name.endswith(".txt") for b in blocks(name))
-    said = (
-        line
-        for block in found
-        for heading, lines in block.items()
-        if heading not in SPLITS[1:]
-        for line in lines
+    return sorted({word for _, line in _lines() for word in re.findall(r"\b[a-z]{3,}\b", line)})
+
+
+@cache
+def common_words() -> list[str]:
+    """Words that requests and answers use again and again, whatever split a name of that spelling would be of. The
+    tokenizer has a token for each of a good part of them, which is copied only if training ever asks for it."""
+    count = Counter(
+        word for name, line in _lines() if name != "words.txt" for word in re.findall(r"\b[a-z]{3,}\b", line)
     )
-    return sorted({word for line in said for word in re.findall(r"\b[a-z]{3,}\b", line)})
+    held_out = {item.lower() for lists in _lists().values() for split in SPLITS[1:] for item in lists[split]}
+    return sorted(w for w, n in count.items() if n >= 10 and w not in held_out and w not in _MARKS)
+
+
+def _title(text: str) -> str:
+    """As titles are written: "Lost in Time"."""
+    return " ".join(word if word in _LITTLE else word.capitalize() for word in text.split())
 
 
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
-_MARKS = """please again now today tomorrow tonight quickly thanks thank ok okay then also and small medium large on off""".split()
+
+_MARKS = """please again now today tomorrow tonight quickly thanks thank ok okay then also and small medium large on off
+the for with from into are was""".split()
+_LITTLE = "in on at to of my is it you with by not very".split()
 
 
 @cache
@@ -94,7 +116,7 @@ class Vocabulary:
         share, low, high = _JUMBLED.get(kind, (0.0, 0, 0))
         if self.split == "train" and self.rng.random() < share:
             jumble = self._jumble(low, high)
-            return self._cased(jumble.title()) if kind in _NAMES else jumble
+            return self._cased(_title(jumble)) if kind in _NAMES else jumble
         made = getattr(self, f"_{kind}", None)
         if made is not None:
             return str(made())
@@ -136,13 +158,20 @@ class Vocabulary:
         not known by how such things begin and go on."""
 
         def make() -> str:
-            words = [
-                self._invented(1, 2) if self.rng.random() < 0.2 else self.rng.choice(_jumbled())
-                for _ in range(self.rng.randint(low, high))
-            ]
+            words = [self.any_word() for _ in range(self.rng.randint(low, high))]
+            for i in range(1, len(words) - 1):  # where nobody could take them for what follows the value
+                if self.rng.random() < 0.25:
+                    words[i] = self.rng.choice(_LITTLE)
             return " ".join(words)
 
         return self._own(make)
+
+    def any_word(self) -> str:
+        """A word that means nothing where it stands; training's alone."""
+        roll = self.rng.random()
+        if roll < 0.2:
+            return self._invented(1, 2)
+        return self.rng.choice(common_words() if roll < 0.6 else _jumbled())
 
     def _name(self, low: int = 1, high: int = 3) -> str:
         return self._own(lambda: self._invented(low, high).capitalize())
