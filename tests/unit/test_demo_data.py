@@ -767,3 +767,15 @@ def test_only_training_makes_up_values_of_any_words() -> None:
         words = Vocabulary(split, Random(0))
         drawn = {words.text("item") for _ in range(400)}
         assert bool(drawn - listed) == some
+
+
+def test_training_may_copy_nearly_every_word_that_has_a_token(encoder: Encoder) -> None:
+    """What is never asked for is never copied, wherever it stands."""
+    words, tokenizer = Vocabulary("train", Random(0)), encoder.tokenizer
+    drawn = {words.any_word() for _ in range(30_000)}
+    said = {word for block in blocks("tools.txt") for line in block.get("train", []) for word in line.split()}
+    whole = {
+        text for i in range(tokenizer.vocab_size) if re.fullmatch("[a-z]{3,}", text := tokenizer.decode([i]))
+    } & said
+    assert len(whole) > 150
+    assert len(whole - drawn) < 0.1 * len(whole), whole - drawn
