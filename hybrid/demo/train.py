@@ -34,7 +34,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--muon-rate", type=_amount, default=5e-3)
     parser.add_argument("--adam-rate", type=_amount, default=3e-3)
-    parser.add_argument("--balance-rate", type=_amount, default=0.01)
+    parser.add_argument(
+        "--balance-rate", type=_amount, default=0.01, help="of the experts' biases (default 0.01)"
+    )
     parser.add_argument(
         "--from",
         type=Path,
@@ -128,7 +130,8 @@ def _train(args: argparse.Namespace, stop: threading.Event) -> None:
         muon_rate=args.muon_rate,
         adam_rate=args.adam_rate,
         balance_rate=args.balance_rate,
-        text=digest(ASSETS),
+        text=text_digest(ASSETS),
+        begun_with=_digest(sorted(args.begin.glob("*.safetensors"))) if args.begin else "",
     )
     fields = config_fields(encoder.tokenizer)
     run = Run(settings, fields, torch.device("cuda" if cuda else "cpu"), None if cuda else args.threads)
@@ -167,17 +170,23 @@ def begin_with(directory: Path, run: "Run") -> None:
     """
     from hybrid.demo.export import config_of, read_back
 
-    if config_of(directory) != run.model.config or digest(directory) != run.settings.text:
+    if config_of(directory) != run.model.config or text_digest(directory) != run.settings.text:
         raise UsageError(f"{directory}: a model of another shape, or with another tokenizer or chat template")
     read_back(directory, run.model)
 
 
-def digest(directory: Path) -> str:
+def text_digest(directory: Path) -> str:
     """Of what turns conversations into tokens: a run that went on with another would unlearn all it knows."""
-    digest = hashlib.sha256()
-    for name in ("tiktoken.model", "tokenizer_config.json", "chat_template.jinja"):
-        digest.update((directory / name).read_bytes())
-    return digest.hexdigest()
+    return _digest(
+        [directory / name for name in ("tiktoken.model", "tokenizer_config.json", "chat_template.jinja")]
+    )
+
+
+def _digest(files: list[Path]) -> str:
+    found = hashlib.sha256()
+    for file in files:
+        found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def _keep_pages() -> None:

@@ -308,6 +308,25 @@ def test_one_command_trains_goes_on_and_exports(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.usefixtures("small")
+def test_a_run_that_begins_with_a_model_goes_on_and_does_not_begin_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--batch-tokens", "1024", "--device", "cpu", "--muon-rate", "1e-3"]
+    train.main([str(tmp_path / "one"), "--tokens", "1024", *options])
+    model = tmp_path / "one" / "model"
+    command = [str(tmp_path / "two"), "--tokens", "4096", *options, "--stop-minutes", "0", "--seed", "1"]
+    train.main([*command, "--from", str(model)])
+    capsys.readouterr()
+    train.main([*command, "--from", str(model)])
+    assert "stopped at 0.00M tokens" in capsys.readouterr().out
+    state = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
+    assert state["counters"][0] == 2
+    assert failed(train.main, *command) == 2
+    assert "other settings" in capsys.readouterr().err
+    assert failed(train.main, str(tmp_path / "three"), "--from", str(tmp_path), *options) == 2
+
+
+@pytest.mark.usefixtures("small")
 def test_a_run_refuses_another_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

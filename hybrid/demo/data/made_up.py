@@ -1,10 +1,11 @@
 """Tools made up on the spot: one looks something up, or does something to something."""
 
+import re
 from functools import cache
 from random import Random
 
 from hybrid.demo.data.grammar import Pattern, all_wordings, blocks, with_articles
-from hybrid.demo.data.toolbox import Parameter, Tool
+from hybrid.demo.data.toolbox import Parameter, Tool, written_tools
 from hybrid.demo.data.vocabulary import Vocabulary, split_of
 
 _NOUNS = """shape texture taste smell material username password_hint signature motto password_age
@@ -37,9 +38,12 @@ _OBJECTS = """file ticket project user account door job server folder window gro
 playlist document invoice branch build task machine robot gate device sensor room report backup member image video""".split()
 _ACT_NAMES = ["{}_{}", "{}_{}", "do_{}_{}", "{}_the_{}", "{}_{}_by_name", "{}_{}_now"]
 _ALIKE = [
-    {"approve", "accept"}, {"stop", "pause", "cancel"}, {"start", "resume", "restart"}, {"block", "ban"}, {"copy", "export"},
+    {"approve", "accept"}, {"stop", "pause", "cancel", "end", "halt"}, {"start", "resume", "restart", "begin", "launch"},
+    {"block", "ban"}, {"copy", "export", "duplicate"}, {"delete", "remove", "erase", "drop"}, {"close", "shut"},
+    {"open", "unlock"}, {"hide", "cover"}, {"print", "type"}, {"rename", "name"}, {"share", "send"}, {"count", "number"},
+    {"test", "check", "try"},
     {"job", "task"}, {"gate", "door"}, {"picture", "image"}, {"machine", "device", "robot"}, {"user", "account"},
-    {"file", "document"}, {"clean", "repair"},
+    {"file", "document"}, {"clean", "repair", "fix", "wash"},
 ]  # fmt: skip
 """Verbs and objects that many would take for each other."""
 _FREELY = 0.4
@@ -116,19 +120,37 @@ def _noun(split: str, rng: Random) -> str:
     if split != "train" or rng.random() >= _FREELY:
         return rng.choice(nouns)
     words = Vocabulary(split, rng)
-    parts = [part for noun in nouns for part in noun.split("_")]
+    parts = sorted({part for noun in nouns for part in noun.split("_")} - {"of"})
     mixed = rng.random() < 0.3  # so that "volume" may be the head of anything
     while True:
         if mixed:
             noun = "_".join(rng.sample(parts, 2))
         else:
             noun = "_".join(_free(words) for _ in range(rng.choice([1, 1, 2])))
-        if split_of(noun) == split:
+        if split_of(noun) == split and not any(set(noun.split("_")) <= said for said in _written()):
             return noun
 
 
+@cache
+def _written() -> list[set[str]]:
+    """The words that each written tool is known by: what these alone are asked for is that tool's."""
+    return [
+        set(re.findall("[a-z]+", " ".join([*tool.names, *tool.abouts]).lower())) for tool in written_tools()
+    ]
+
+
+@cache
+def _own_words() -> frozenset[str]:
+    """The words of the wordings themselves, which another in its place would be lost among."""
+    lines = [line for block in blocks("made_up.txt") for part in block.values() for line in part]
+    return frozenset(re.findall("[a-z]+", " ".join(lines)))
+
+
 def _free(words: Vocabulary) -> str:
-    return words.any_word() if words.rng.random() < 0.6 else words.text("word")
+    while True:
+        word = words.any_word() if words.rng.random() < 0.6 else words.text("word")
+        if word not in _own_words():
+            return word
 
 
 def _act(split: str, rng: Random) -> tuple[str, str]:

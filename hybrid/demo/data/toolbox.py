@@ -143,6 +143,14 @@ _NAME_HEADS = (
 _NAME_TAILS = "tool api v2 service function info data helper action for_user 2 by_name plus fn cmd job here main".split()
 
 
+_UNDOING = set("cancel close delete drop end forget never not remove stop undo without".split())
+
+
+@cache
+def _name_ends() -> list[str]:
+    return [word for word in common_words() if word not in _UNDOING]
+
+
 def _renamed_freely(name: str, rng: Random) -> str:
     """A name made from one that a list has, so that it can only be read in the declaration."""
     words = name.split("_")
@@ -150,10 +158,16 @@ def _renamed_freely(name: str, rng: Random) -> str:
         words.reverse()
     ends = rng.choice(["head", "tail", "both"])
     if ends != "tail":
-        words = [rng.choice(_NAME_HEADS if rng.random() < 0.6 else common_words()), *words]
+        words = [rng.choice(_NAME_HEADS if rng.random() < 0.6 else _name_ends()), *words]
     if ends != "head":
-        words = [*words, rng.choice(_NAME_TAILS if rng.random() < 0.6 else common_words())]
-    return "_".join(words)
+        words = [*words, rng.choice(_NAME_TAILS if rng.random() < 0.6 else _name_ends())]
+    free = "_".join(words)
+    return _renamed_freely(name, rng) if free in _listed_names() else free
+
+
+@cache
+def _listed_names() -> frozenset[str]:
+    return frozenset(name for tool in written_tools() for name in tool.names)
 
 
 def declare(tool: Tool, rng: Random, *, freely: float = 0.0) -> Declared:

@@ -33,33 +33,36 @@ def _lists() -> dict[str, dict[str, list[str]]]:
 
 
 def _lines() -> Iterator[tuple[str, str]]:
-    """Every line that the data files have for training, each with its file's name."""
+    """Every line that the data files have for training, without its slots' names, each with its file's name."""
     files = (file.name for file in (resources.files(__package__) / "text").iterdir())
     for name in sorted(name for name in files if name.endswith(".txt")):
         for block in blocks(name):
             for heading, lines in block.items():
                 if heading not in SPLITS[1:]:
-                    yield from ((name, line) for line in lines)
+                    yield from ((name, SLOT.sub("", line)) for line in lines)
+
+
+def _words(line: str) -> list[str]:
+    """The lower-case words of a line, none of them half of an "isn't"."""
+    return re.findall(r"(?<!['\w])[a-z]{3,}(?!['\w])", line)
 
 
 @cache
 def _said() -> list[str]:
     """Every lower-case word that the data files have for training."""
-    return sorted({word for _, line in _lines() for word in re.findall(r"\b[a-z]{3,}\b", line)})
+    return sorted({word for _, line in _lines() for word in _words(line)})
 
 
 @cache
 def common_words() -> list[str]:
-    """Words that requests and answers use again and again, whatever split a name of that spelling would be of. The
-    tokenizer has a token for each of a good part of them, which is copied only if training ever asks for it."""
-    count = Counter(
-        word for name, line in _lines() if name != "words.txt" for word in re.findall(r"\b[a-z]{3,}\b", line)
-    )
+    """Words that lines have again and again, whatever split a name of that spelling would be of. The tokenizer has a
+    token for each of a good part of them, which is copied only if training ever asks for it."""
+    count = Counter(word for name, line in _lines() if name != "words.txt" for word in _words(line))
     held_out = {item.lower() for lists in _lists().values() for split in SPLITS[1:] for item in lists[split]}
-    return sorted(w for w, n in count.items() if n >= 10 and w not in held_out and w not in _MARKS)
+    return sorted(word for word, n in count.items() if n >= 10 and word not in held_out | _MARKS)
 
 
-def _title(text: str) -> str:
+def _as_title(text: str) -> str:
     """As titles are written: "Lost in Time"."""
     return " ".join(word if word in _LITTLE else word.capitalize() for word in text.split())
 
@@ -67,19 +70,11 @@ def _title(text: str) -> str:
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
 
-_MARKS = """please again now today tomorrow tonight quickly thanks thank ok okay then also and small medium large on off
-the for with from into are was""".split()
-_LITTLE = "in on at to of my is it you with by not very".split()
-
 
 @cache
 def _jumbled() -> list[str]:
-    """Words for jumbles: none of the other splits' own, none that a request may go on with after a value."""
-    return [
-        word
-        for word in _said()
-        if split_of(word) == "train" and word not in _MARKS and word.capitalize() not in DAYS + MONTHS
-    ]
+    """Words for jumbles that are none of the other splits' own."""
+    return [word for word in _said() if split_of(word) == "train" and word not in _MARKS]
 
 
 _ONSETS = "b br c ch d dr f fl g gr h j k kl l m n p pl r s sh st t th tr v w z".split()
@@ -101,6 +96,12 @@ ANIMALS = """cat dog mouse bear fox horse owl rabbit frog duck wolf lion hedgeho
 dragon unicorn tiger monkey snake bee cow sheep pig penguin whale giraffe crocodile robot wizard knight ghost princess king
 spider snail parrot camel zebra panda kangaroo octopus dolphin shark eagle raven swan beaver badger deer hamster pony
 dinosaur giant witch pirate teddy caterpillar butterfly ladybird lizard koala seal crab raccoon""".split()
+_LITTLE = "in to of my is it you with not very".split()
+_MARKS = frozenset(
+    """please pls plz thx asap again now today tomorrow tonight soon later noon quickly thanks thank ok okay then also and
+    but before until via small medium large on off the for with from into are was""".split()
+) | {word.lower() for word in [*DAYS, *MONTHS, *NUMBER_WORDS, *_LITTLE]}
+"""What a request may go on with after a value: no value of any words has them, but for the little ones, within it."""
 _CLOSED_BELOW = 13
 """Numbers below this are in every split."""
 
@@ -116,7 +117,7 @@ class Vocabulary:
         share, low, high = _JUMBLED.get(kind, (0.0, 0, 0))
         if self.split == "train" and self.rng.random() < share:
             jumble = self._jumble(low, high)
-            return self._cased(_title(jumble)) if kind in _NAMES else jumble
+            return self._cased(_as_title(jumble)) if kind in _NAMES else jumble
         made = getattr(self, f"_{kind}", None)
         if made is not None:
             return str(made())
@@ -361,7 +362,7 @@ _LISTED = {
 _JUMBLED = {
     "item": (0.5, 1, 2), "event": (0.5, 1, 3), "message": (0.55, 1, 6), "task": (0.5, 2, 5), "topping": (0.25, 1, 1),
     "dish": (0.4, 1, 3), "topic": (0.4, 1, 4), "snippet": (0.35, 2, 6), "status": (0.35, 1, 4), "error": (0.35, 2, 4),
-    "city": (0.18, 1, 2), "company": (0.35, 1, 3), "title": (0.45, 1, 4), "animal": (0.2, 1, 1),
+    "city": (0.18, 2, 2), "company": (0.35, 1, 3), "title": (0.45, 1, 4), "animal": (0.2, 1, 1),
 }  # fmt: skip
 """Kinds that training also makes up of any words: how often, and of how many."""
 _NAMES = {"city", "company", "title"}

@@ -28,7 +28,8 @@ _DAMAGE = (RuntimeError, EOFError, LookupError, TypeError, ValueError, Unpicklin
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What decides the outcome of a run, besides the data generator's code and, by rounding, the device and the
-    number of threads. `text`: a digest of the tokenizer's and the chat template's files."""
+    number of threads. `text`: a digest of the tokenizer's and the chat template's files; `begun_with`: one of the
+    weights that the run began with, "" if they were drawn."""
 
     seed: int = 0
     tokens: int = 50_000_000
@@ -40,6 +41,7 @@ class Settings:
     balance_rate: float = 0.01
     qk_clip: float = 100.0
     text: str = ""
+    begun_with: str = ""
 
     def schedule(self, tokens_seen: int, step: int) -> float:
         """Factor on every rate: linear warm-up, then the share of the run that is left to the power `decay_power`.
@@ -169,7 +171,7 @@ class Run:
             state = torch.load(file, map_location="cpu", weights_only=True)
             length, seen = state["settings"]["tokens"], state["counters"][1]
             mine = dataclasses.asdict(self.settings) | {"tokens": length}
-            if mine != state["settings"] or state["config"] != self.config:
+            if mine != {"begun_with": "", **state["settings"]} or state["config"] != self.config:
                 raise UsageError(f"{file}: a run with other settings; use its settings, or another directory")
             if tokens not in (None, length) and tokens < seen:
                 raise UsageError(f"{file}: has seen {seen:,} tokens; a length of {tokens:,} is less")
