@@ -769,6 +769,16 @@ def test_only_training_makes_up_values_of_any_words() -> None:
         assert bool(drawn - listed) == some
 
 
+def test_values_of_any_words_may_say_one_twice_and_end_in_no_small_word() -> None:
+    words = Vocabulary("train", Random(0))
+    said = [words.text("message").split() for _ in range(1500)]
+    long = [value for value in said if len(value) > 4 and value[0].islower()]
+    assert 0.05 < sum(len(set(value)) < len(value) for value in long) / len(long) < 0.6
+    events = {words.text("event").split()[-1] for _ in range(2000)}
+    assert len(events) > 500
+    assert not events & {"for", "with", "from", "tomorrow", "monday", "please", "two", "asap"}
+
+
 def test_training_may_copy_nearly_every_word_that_has_a_token(encoder: Encoder) -> None:
     """What is never asked for is never copied, wherever it stands."""
     words, tokenizer = Vocabulary("train", Random(0)), encoder.tokenizer

@@ -96,7 +96,7 @@ ANIMALS = """cat dog mouse bear fox horse owl rabbit frog duck wolf lion hedgeho
 dragon unicorn tiger monkey snake bee cow sheep pig penguin whale giraffe crocodile robot wizard knight ghost princess king
 spider snail parrot camel zebra panda kangaroo octopus dolphin shark eagle raven swan beaver badger deer hamster pony
 dinosaur giant witch pirate teddy caterpillar butterfly ladybird lizard koala seal crab raccoon""".split()
-_LITTLE = "in to of my is it you with not very".split()
+_LITTLE = "in to of my is it you with not very the the are was".split()
 _MARKS = frozenset(
     """please pls plz thx asap again now today tomorrow tonight soon later noon quickly thanks thank ok okay then also and
     but before until via small medium large on off the for with from into are was""".split()
@@ -161,8 +161,11 @@ class Vocabulary:
         def make() -> str:
             words = [self.any_word() for _ in range(self.rng.randint(low, high))]
             for i in range(1, len(words) - 1):  # where nobody could take them for what follows the value
-                if self.rng.random() < 0.25:
+                roll = self.rng.random()
+                if roll < 0.25:
                     words[i] = self.rng.choice(_LITTLE)
+                elif roll < 0.4:  # what was said twice is copied by where it stands, not by the word before
+                    words[i] = self.rng.choice(words[:i])
             return " ".join(words)
 
         return self._own(make)
