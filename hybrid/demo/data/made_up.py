@@ -116,19 +116,28 @@ def _subject(kind: str, rng: Random) -> Parameter:
 
 def _noun(split: str, rng: Random) -> str:
     """What is looked up."""
-    nouns = [noun for noun in _NOUNS if split_of(noun) == split]
+    nouns = _nouns(split)
     if split != "train" or rng.random() >= _FREELY:
         return rng.choice(nouns)
     words = Vocabulary(split, rng)
-    parts = sorted({part for noun in nouns for part in noun.split("_")} - {"of"})
     mixed = rng.random() < 0.3  # so that "volume" may be the head of anything
     while True:
         if mixed:
-            noun = "_".join(rng.sample(parts, 2))
+            noun = "_".join(rng.sample(_noun_parts(split), 2))
         else:
             noun = "_".join(_free(words) for _ in range(rng.choice([1, 1, 2])))
         if split_of(noun) == split and not any(set(noun.split("_")) <= said for said in _written()):
             return noun
+
+
+@cache
+def _nouns(split: str) -> list[str]:
+    return [noun for noun in _NOUNS if split_of(noun) == split]
+
+
+@cache
+def _noun_parts(split: str) -> list[str]:
+    return sorted({part for noun in _nouns(split) for part in noun.split("_")} - {"of"})
 
 
 @cache
