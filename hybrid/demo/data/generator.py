@@ -46,13 +46,14 @@ def _small_talk(talk: Talk) -> None:
 
 
 def _with_tools(talk: Talk) -> None:
-    rng = talk.rng
-    tool_scenes.declare_some(talk, rng.choice([1, 1, 1, 1, 2, 2, 3, 4]), weather=talk.chance(0.3))
+    rng, practising = talk.rng, talk.split == "train"
+    count = rng.choice([1, 1, 1, 2, 2, 2, 3, 4] if practising else [1, 1, 1, 1, 2, 2, 3, 4])
+    tool_scenes.declare_some(talk, count, weather=talk.chance(0.3))
     turns = rng.choice([3, 4, 5, 6, 7, 8])
     for turn in range(turns):
         last = turn == turns - 1
         roll = rng.random()
-        if roll < 0.37:
+        if roll < (0.3 if practising else 0.37):  # two calls at once are harder, and have all that one has
             tool_scenes.single(talk, rng.choice(talk.declared), answered=not last or talk.chance(0.8))
         elif roll < 0.58:
             tool_scenes.parallel(talk, answered=not last or talk.chance(0.7))

@@ -68,7 +68,8 @@ class Talk:
     ) -> Pattern:
         """A wording of this split; longer lists of alternatives come up somewhat more often."""
         options = [p for p in wordings[self.split] if usable(p)]
-        return self.rng.choices(options, [min(p.count(), 64) ** 0.5 for p in options])[0]
+        power = 0.3 if self.split == "train" else 0.5
+        return self.rng.choices(options, [min(p.count(), 64) ** power for p in options])[0]
 
     def system(self) -> None:
         text = self.words.expand(self.pick(_around("system")).sample(self.rng))

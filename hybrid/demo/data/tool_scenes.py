@@ -37,6 +37,8 @@ _LOOSE_JOINTS = [
     "{}, and besides that, {}", "{}, also {}",
 ]  # fmt: skip
 """How two requests are put into one; the loose ones would seem to go on with free text."""
+_ASKING_JOINTS = ["{}, and {}", "{}, and {}", "{}, and also {}", "{}, also, {}", "{} and {}"]
+"""What free text may go on with where a question follows, as no part of it would be one; training's alone."""
 _PLAINLY = 0.25
 """How often training asks in a tool's most ordinary wordings."""
 
@@ -190,10 +192,12 @@ def _joined(
 ) -> tuple[str, list[tuple[Declared, dict[str, Any]]], bool]:
     """Two requests in one. -> the text, the calls, and whether another sentence may follow."""
     first = request(talk, one)
-    head, joint, _ = talk.rng.choice(_JOINTS if first.open_ended else _JOINTS + _LOOSE_JOINTS).split("{}")
+    asking = first.open_ended and talk.split == "train" and talk.chance(0.25)
+    joints = _ASKING_JOINTS if asking else _JOINTS if first.open_ended else _JOINTS + _LOOSE_JOINTS
+    head, joint, _ = talk.rng.choice(joints).split("{}")
     begins = joint[0] in ".\n" and not any(map(str.isalpha, joint))
     second = request(talk, two, begins=begins)
-    while one is two and second.calls == first.calls:
+    while (one is two and second.calls == first.calls) or (asking and not second.text.endswith("?")):
         second = request(talk, two, begins=begins)
     text = first.text
     if joint[0] == "." and text[-1] == "?":

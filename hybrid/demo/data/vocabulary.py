@@ -1,5 +1,6 @@
 """Open words: names, numbers, times and phrases, each belonging to one split by a hash of its spelling."""
 
+import base64
 import re
 import zlib
 from collections import Counter
@@ -54,12 +55,26 @@ def _said() -> list[str]:
 
 
 @cache
-def common_words() -> list[str]:
-    """Words that lines have again and again, whatever split a name of that spelling would be of. The tokenizer has a
-    token for each of a good part of them, which is copied only if training ever asks for it."""
-    count = Counter(word for name, line in _lines() if name != "words.txt" for word in _words(line))
+def _barred() -> frozenset[str]:
+    """What no value of any words is made of: the other splits' names, and what a value ends before."""
     held_out = {item.lower() for lists in _lists().values() for split in SPLITS[1:] for item in lists[split]}
-    return sorted(word for word, n in count.items() if n >= 10 and word not in held_out | _MARKS)
+    return _MARKS | held_out
+
+
+@cache
+def common_words() -> list[str]:
+    """Words that lines have again and again, whatever split a name of that spelling would be of."""
+    count = Counter(word for name, line in _lines() if name != "words.txt" for word in _words(line))
+    return sorted(word for word, n in count.items() if n >= 10 and word not in _barred())
+
+
+@cache
+def pieces() -> list[str]:
+    """The letters that our tokenizer has one token for. Text has some again and again that values hardly ever have
+    ("table", "cel"), and a token is copied only if training asks for it often enough."""
+    ranks = (resources.files("hybrid") / "assets" / "tiktoken.model").read_bytes().splitlines()
+    tokens = [base64.b64decode(line.split()[0]).decode("latin-1") for line in ranks]
+    return [token for token in tokens if re.fullmatch("[a-z]{2,}", token) and token not in _barred()]
 
 
 def _as_title(text: str) -> str:
@@ -80,6 +95,8 @@ def _jumbled() -> list[str]:
 _ONSETS = "b br c ch d dr f fl g gr h j k kl l m n p pl r s sh st t th tr v w z".split()
 _VOWELS = "a e i o u a e i o a e ai ea ia oo ou".split()
 _CODAS = ["", "", "", *"l m n r s t d k nd rn st ld ck".split()]
+_ACCENTED = {"a": "áàâäãåā", "e": "éèêëęē", "i": "íîïı", "o": "óôöõøō", "u": "úûüůū", "c": "çčć", "n": "ñńň", "s": "šşś",
+             "z": "žżź", "l": "ł", "g": "ğ", "r": "ř", "d": "ð"}  # fmt: skip
 _CITY_ENDS = "burg ville ton stad ford field dorf ingen polis grad ham port".split()
 LANGUAGES = (
     "English German French Spanish Italian Portuguese Dutch Swedish Polish Russian Turkish Greek Arabic Hindi "
@@ -149,10 +166,30 @@ class Vocabulary:
     def _invented(self, low: int, high: int) -> str:
         """A word that no list has: syllables, or the head of one word and the tail of another, so that whatever
         pieces words are made of have to be copied."""
-        if self.rng.random() < 0.65:
-            return self._syllables(low, high)
-        head, tail = (self.rng.choice(_said()) for _ in range(2))
-        return head[: self.rng.randint(1, 3 * low)] + tail[-self.rng.randint(1, 3 * high) :]
+        roll = self.rng.random()
+        if self.split == "train" and roll < 0.4:
+            word = "".join(self.rng.choice(pieces()) for _ in range(self.rng.randint(low, high)))
+        elif roll < 0.65:
+            word = self._syllables(low, high)
+        else:
+            head, tail = (self.rng.choice(_said()) for _ in range(2))
+            word = head[: self.rng.randint(1, 3 * low)] + tail[-self.rng.randint(1, 3 * high) :]
+        return self._foreign_spelling(word) if self.split == "train" else word
+
+    def _foreign_spelling(self, word: str) -> str:
+        """Now and then with accents, a hyphen or an apostrophe, which a reader has to copy byte by byte."""
+        roll = self.rng.random()
+        if roll < 0.1:
+            share = self.rng.choice([0.3, 0.6])
+            return "".join(
+                self.rng.choice(_ACCENTED[c]) if c in _ACCENTED and self.rng.random() < share else c
+                for c in word
+            )
+        if roll < 0.13:
+            return f"{word}-{self._syllables(1, 2)}"
+        if roll < 0.15:
+            return f"{self.rng.choice('odl')}'{word}"
+        return word
 
     def _jumble(self, low: int, high: int) -> str:
         """Words in a row that mean nothing together. What training asks for must be copied for where it stands,
@@ -173,9 +210,9 @@ class Vocabulary:
     def any_word(self) -> str:
         """A word that means nothing where it stands; training's alone."""
         roll = self.rng.random()
-        if roll < 0.2:
+        if roll < 0.25:
             return self._invented(1, 2)
-        return self.rng.choice(common_words() if roll < 0.6 else _jumbled())
+        return self.rng.choice(pieces() if roll < 0.6 else common_words() if roll < 0.75 else _jumbled())
 
     def _name(self, low: int = 1, high: int = 3) -> str:
         return self._own(lambda: self._invented(low, high).capitalize())
@@ -365,7 +402,8 @@ _LISTED = {
 _JUMBLED = {
     "item": (0.5, 1, 2), "event": (0.5, 1, 3), "message": (0.55, 1, 6), "task": (0.5, 2, 5), "topping": (0.25, 1, 1),
     "dish": (0.4, 1, 3), "topic": (0.4, 1, 4), "snippet": (0.35, 2, 6), "status": (0.35, 1, 4), "error": (0.35, 2, 4),
-    "city": (0.18, 2, 2), "company": (0.35, 1, 3), "title": (0.45, 1, 4), "animal": (0.2, 1, 1),
+    "city": (0.25, 1, 2), "company": (0.35, 1, 3), "title": (0.45, 1, 4), "animal": (0.2, 1, 1), "word": (0.4, 1, 1),
+    "person": (0.2, 1, 2),
 }  # fmt: skip
 """Kinds that training also makes up of any words: how often, and of how many."""
-_NAMES = {"city", "company", "title"}
+_NAMES = {"city", "company", "person", "title"}
