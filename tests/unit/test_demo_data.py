@@ -736,6 +736,25 @@ def test_tools_are_named_where_there_are_some() -> None:
     assert [probe.kind for probe in talk.probes] == ["tools", "tools"]
 
 
+def test_only_training_asks_on_after_free_text_and_then_a_question() -> None:
+    """What "note call Ann, and is it cold in Rome?" notes can be told, as no note is a question."""
+    tools = {tool.key: tool for tool in written_tools()}
+    for split, some in (("train", True), ("dev", False), ("sealed", False)):
+        ran_on = 0
+        for i in range(400):
+            talk = Talk(split, Random(i))
+            notes, weather = (declare(tools[key], Random(i)) for key in ("create_note", "get_weather"))
+            text, calls, _ = tool_scenes._joined(talk, notes, weather)
+            noted = re.escape(str(calls[0][1]["text"]))
+            if found := re.search(rf'(?<!"){noted}(?:,? and (?:also )?|, also, )(.*)', text):
+                ran_on += 1
+                assert re.match(
+                    "(what|which|who|when|where|why|how|(is|are|do|does|did|can|could|will|would|should|may|has|have)\\b)",
+                    found[1],
+                ), text
+        assert (ran_on > 10) == some, (split, ran_on)
+
+
 def test_requests_that_end_in_free_text_say_so() -> None:
     notes = next(tool for tool in written_tools() if tool.key == "create_note")
     weather = written_tools()[0]
@@ -769,6 +788,15 @@ def test_only_training_makes_up_values_of_any_words() -> None:
         assert bool(drawn - listed) == some
 
 
+def test_only_training_makes_up_names_with_accents_hyphens_and_apostrophes() -> None:
+    for split, some in (("train", True), ("dev", False), ("sealed", False)):
+        words = Vocabulary(split, Random(0))
+        drawn = [words.text(kind) for _ in range(600) for kind in ("city", "contact")]
+        for mark in ("[^\\x00-\\x7f]", "\\w-\\w", "\\b[odl]'\\w"):
+            made_up = [name for name in drawn if re.search(mark, name, re.IGNORECASE)]
+            assert (len(made_up) > 5) == some, (split, mark, made_up)
+
+
 def test_values_of_any_words_may_say_one_twice_and_end_in_no_small_word() -> None:
     words = Vocabulary("train", Random(0))
     said = [words.text("message").split() for _ in range(1500)]
@@ -779,13 +807,34 @@ def test_values_of_any_words_may_say_one_twice_and_end_in_no_small_word() -> Non
     assert not events & {"for", "with", "from", "tomorrow", "monday", "please", "two", "asap"}
 
 
-def test_training_may_copy_nearly_every_word_that_has_a_token(encoder: Encoder) -> None:
+def test_training_copies_nearly_everything_that_has_a_token(encoder: Encoder) -> None:
     """What is never asked for is never copied, wherever it stands."""
-    words, tokenizer = Vocabulary("train", Random(0)), encoder.tokenizer
-    drawn = {words.any_word() for _ in range(30_000)}
-    said = {word for block in blocks("tools.txt") for line in block.get("train", []) for word in line.split()}
-    whole = {
-        text for i in range(tokenizer.vocab_size) if re.fullmatch("[a-z]{3,}", text := tokenizer.decode([i]))
-    } & said
-    assert len(whole) > 150
-    assert len(whole - drawn) < 0.1 * len(whole), whole - drawn
+    tokenizer, asked = encoder.tokenizer, Counter[int]()
+    for i in range(400):
+        for message in conversation("train", Random(i)).messages:
+            for call in message.get("tool_calls", []):
+                for value in json.loads(call["function"]["arguments"]).values():
+                    asked.update(tokenizer.encode(str(value)))
+    whole = [i for i in range(tokenizer.vocab_size) if re.fullmatch("[a-z]{2,}", tokenizer.decode([i]))]
+    never = [tokenizer.decode([i]) for i in whole if not asked[i]]
+    assert len(whole) > 600
+    assert len(never) < 0.25 * len(whole), never
+
+
+def test_no_made_up_word_is_what_a_request_goes_on_with_or_anothers_name() -> None:
+    words = Vocabulary("train", Random(0))
+    drawn = {words.any_word().lower() for _ in range(20_000)}
+    held_out = {
+        item.strip().lower()
+        for lines in blocks("words.txt")[-1].values()
+        for item in ",".join(lines).split(",")
+        if split_of(item.strip()) != "train"
+    }
+    assert not drawn & (held_out | {"please", "now", "tomorrow", "monday", "and", "two"})
+
+
+def test_names_of_made_up_tools_are_such_as_clients_may_send() -> None:
+    for i in range(2000):
+        declared = declare(novel_tool("train", Random(i)), Random(i), freely=0.3)
+        for name in (declared.name, *declared.names.values()):
+            assert re.fullmatch("[A-Za-z0-9_]{1,64}", name), name

@@ -46,14 +46,14 @@ def _small_talk(talk: Talk) -> None:
 
 
 def _with_tools(talk: Talk) -> None:
-    rng, practising = talk.rng, talk.split == "train"
-    count = rng.choice([1, 1, 1, 2, 2, 2, 3, 4] if practising else [1, 1, 1, 1, 2, 2, 3, 4])
+    rng, training = talk.rng, talk.split == "train"
+    count = rng.choice([1, 1, 1, 2, 2, 2, 3, 4] if training else [1, 1, 1, 1, 2, 2, 3, 4])
     tool_scenes.declare_some(talk, count, weather=talk.chance(0.3))
     turns = rng.choice([3, 4, 5, 6, 7, 8])
     for turn in range(turns):
         last = turn == turns - 1
         roll = rng.random()
-        if roll < (0.3 if practising else 0.37):  # two calls at once are harder, and have all that one has
+        if roll < (0.3 if training else 0.37):  # the rest to several calls at once, which are learnt last
             tool_scenes.single(talk, rng.choice(talk.declared), answered=not last or talk.chance(0.8))
         elif roll < 0.58:
             tool_scenes.parallel(talk, answered=not last or talk.chance(0.7))

@@ -158,7 +158,7 @@ def _own_words() -> frozenset[str]:
 def _free(words: Vocabulary) -> str:
     while True:
         word = words.any_word() if words.rng.random() < 0.6 else words.text("word")
-        if word not in _own_words():
+        if word not in _own_words() and re.fullmatch("[a-z]+", word):  # names of tools are made of it
             return word
 
 

@@ -66,7 +66,8 @@ class Talk:
     def pick(
         self, wordings: dict[str, list[Pattern]], usable: Callable[[Pattern], bool] = lambda _: True
     ) -> Pattern:
-        """A wording of this split; longer lists of alternatives come up somewhat more often."""
+        """A wording of this split; longer lists of alternatives come up somewhat more often, though less so where
+        phrases within frames, which have the most, would crowd out sentences of their own."""
         options = [p for p in wordings[self.split] if usable(p)]
         power = 0.3 if self.split == "train" else 0.5
         return self.rng.choices(options, [min(p.count(), 64) ** power for p in options])[0]

@@ -1,5 +1,6 @@
 """Scenes with tools: single calls, parallel calls, missing arguments, undeclared tools, answers to results."""
 
+import re
 from typing import Any, NamedTuple
 
 from hybrid.demo.data import small_talk
@@ -38,7 +39,11 @@ _LOOSE_JOINTS = [
 ]  # fmt: skip
 """How two requests are put into one; the loose ones would seem to go on with free text."""
 _ASKING_JOINTS = ["{}, and {}", "{}, and {}", "{}, and also {}", "{}, also, {}", "{} and {}"]
-"""What free text may go on with where a question follows, as no part of it would be one; training's alone."""
+"""What free text may go on with where a question follows, as it would not hold one itself; training's alone."""
+_ASKS = re.compile(
+    r"(what|which|who|where|when|why|how|is|are|do|does|did|can|could|will|would|should|may|has|have)\b", re.I
+)
+"""Begins a question."""
 _PLAINLY = 0.25
 """How often training asks in a tool's most ordinary wordings."""
 
@@ -172,7 +177,7 @@ def parallel(talk: Talk, *, answered: bool) -> None:
         text, wording, more = listing.text, f"{target.tool.key}: {listing.wording}", not listing.open_ended
         calls = [(target, values) for values in listing.calls]
     elif len(talk.declared) >= 2 or talk.chance(0.7):
-        if len(talk.declared) >= 2 and talk.chance(0.85):
+        if len(talk.declared) >= 2 and talk.chance(0.75 if talk.split == "train" else 0.85):
             chosen = rng.sample(talk.declared, 2)
         else:
             chosen = [rng.choice(talk.declared)] * 2
@@ -197,7 +202,7 @@ def _joined(
     head, joint, _ = talk.rng.choice(joints).split("{}")
     begins = joint[0] in ".\n" and not any(map(str.isalpha, joint))
     second = request(talk, two, begins=begins)
-    while (one is two and second.calls == first.calls) or (asking and not second.text.endswith("?")):
+    while (one is two and second.calls == first.calls) or (asking and not _ASKS.match(second.text)):
         second = request(talk, two, begins=begins)
     text = first.text
     if joint[0] == "." and text[-1] == "?":

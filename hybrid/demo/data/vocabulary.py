@@ -56,7 +56,7 @@ def _said() -> list[str]:
 
 @cache
 def _barred() -> frozenset[str]:
-    """What no value of any words is made of: the other splits' names, and what a value ends before."""
+    """What no word of a made-up value is: the other splits' names, and what a request goes on with after one."""
     held_out = {item.lower() for lists in _lists().values() for split in SPLITS[1:] for item in lists[split]}
     return _MARKS | held_out
 
@@ -70,8 +70,8 @@ def common_words() -> list[str]:
 
 @cache
 def pieces() -> list[str]:
-    """The letters that our tokenizer has one token for. Text has some again and again that values hardly ever have
-    ("table", "cel"), and a token is copied only if training asks for it often enough."""
+    """Words and parts of words that the carried tokenizer has one token for. What training says has some again and
+    again that values hardly ever have ("table", "cel"), and a token is copied only if it is asked for often enough."""
     ranks = (resources.files("hybrid") / "assets" / "tiktoken.model").read_bytes().splitlines()
     tokens = [base64.b64decode(line.split()[0]).decode("latin-1") for line in ranks]
     return [token for token in tokens if re.fullmatch("[a-z]{2,}", token) and token not in _barred()]
@@ -165,16 +165,27 @@ class Vocabulary:
 
     def _invented(self, low: int, high: int) -> str:
         """A word that no list has: syllables, or the head of one word and the tail of another, so that whatever
-        pieces words are made of have to be copied."""
-        roll = self.rng.random()
-        if self.split == "train" and roll < 0.4:
-            word = "".join(self.rng.choice(pieces()) for _ in range(self.rng.randint(low, high)))
-        elif roll < 0.65:
-            word = self._syllables(low, high)
-        else:
-            head, tail = (self.rng.choice(_said()) for _ in range(2))
-            word = head[: self.rng.randint(1, 3 * low)] + tail[-self.rng.randint(1, 3 * high) :]
-        return self._foreign_spelling(word) if self.split == "train" else word
+        pieces words are made of have to be copied; training's also tokens in a row, and in foreign spellings."""
+        if self.split == "train":
+            return self._foreign_spelling(self._strange(low, high))
+        return self._blend(low, high) if self.rng.random() >= 0.65 else self._syllables(low, high)
+
+    def _blend(self, low: int, high: int) -> str:
+        head, tail = (self.rng.choice(_said()) for _ in range(2))
+        return head[: self.rng.randint(1, 3 * low)] + tail[-self.rng.randint(1, 3 * high) :]
+
+    def _strange(self, low: int, high: int) -> str:
+        """Training's invented words, some of which begin with a vowel, as syllables never do."""
+        while True:
+            roll = self.rng.random()
+            if roll < 0.4:
+                word = "".join(self.rng.choice(pieces()) for _ in range(self.rng.randint(low, high)))
+            else:
+                word = self._syllables(low, high) if roll < 0.7 else self._blend(low, high)
+            if self.rng.random() < 0.2:
+                word = re.sub("^[^aeiou]+(?=[aeiou].)", "", word)
+            if word not in _barred():
+                return word
 
     def _foreign_spelling(self, word: str) -> str:
         """Now and then with accents, a hyphen or an apostrophe, which a reader has to copy byte by byte."""
@@ -247,7 +258,7 @@ class Vocabulary:
         return f"{self._name(1, 2)} {self._name(1, 2)}"
 
     def _contact(self) -> str:
-        return self.text("relation") if self.rng.random() < 0.15 else self._person()
+        return self.text("relation" if self.rng.random() < 0.15 else "person")
 
     def _company(self) -> str:
         roll = self.rng.random()
