@@ -45,21 +45,31 @@ def _small_talk(talk: Talk) -> None:
         small_talk.numbers(talk, reckoning=not declared & tool_scenes.RECKONING)
 
 
+_TOOLS = [1, 1, 1, 1, 2, 2, 3, 4]
+_SCENES = (0.37, 0.58, 0.76, 0.8)
+"""Turns with tools up to here are single calls, several calls at once, what no tool does, and what lacks an
+argument; the rest is small talk."""
+_TRAINING_TOOLS = [1, 1, 1, 2, 2, 2, 3, 4]
+_TRAINING_SCENES = (0.29, 0.56, 0.78, 0.82)
+"""More of what is learnt last: which tool it is, whether it is one, and what a second call holds."""
+
+
 def _with_tools(talk: Talk) -> None:
     rng, training = talk.rng, talk.split == "train"
-    count = rng.choice([1, 1, 1, 2, 2, 2, 3, 4] if training else [1, 1, 1, 1, 2, 2, 3, 4])
+    called, called_several, refused, lacking = _TRAINING_SCENES if training else _SCENES
+    count = rng.choice(_TRAINING_TOOLS if training else _TOOLS)
     tool_scenes.declare_some(talk, count, weather=talk.chance(0.3))
     turns = rng.choice([3, 4, 5, 6, 7, 8])
     for turn in range(turns):
         last = turn == turns - 1
         roll = rng.random()
-        if roll < (0.3 if training else 0.37):  # the rest to several calls at once, which are learnt last
+        if roll < called:
             tool_scenes.single(talk, rng.choice(talk.declared), answered=not last or talk.chance(0.8))
-        elif roll < 0.58:
+        elif roll < called_several:
             tool_scenes.parallel(talk, answered=not last or talk.chance(0.7))
-        elif roll < 0.76:
+        elif roll < refused:
             tool_scenes.undeclared(talk)
-        elif roll < 0.8:
+        elif roll < lacking:
             able = [d for d in talk.declared if tool_scenes.can_be_incomplete(d)]
             if able:
                 tool_scenes.incomplete(talk, rng.choice(able))
