@@ -9,11 +9,11 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -109,6 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.exit(getattr(error, "exit_code", 1), f"{parser.prog}: {error}\n")
 
 
+@torch.no_grad()
 def examine(engine: Engine, directory: Path, split: str, conversations: int, weather: int) -> dict[str, Any]:
     """Every figure, as a JSON object."""
     encoder = Encoder(directory)
@@ -134,7 +135,7 @@ def examine(engine: Engine, directory: Path, split: str, conversations: int, wea
         "unwanted_calls": _unwanted_calls(encoder, some, likely),
         "expert_load_max_over_mean": [round(float(x.max() / x.mean()), 2) for x in loads],
         "dead_experts": int((loads == 0).sum()),
-        "weather": _weather(engine, split, weather),
+        "weather": called_weather(engine, split, weather),
         **_told(engine, split, min(conversations, 40)),
         "requests": _requests(engine, conversations),
     }
@@ -202,7 +203,15 @@ def _unwanted_calls(encoder: Encoder, some: list[Case], likely: list[_Tokens]) -
     }
 
 
-def _weather(engine: Engine, split: str, each: int) -> dict[str, Any]:
+class Chats(Protocol):
+    """What chats as `Engine` does."""
+
+    def chat(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, params: SamplingParams, /
+    ) -> Iterable[Any]: ...
+
+
+def called_weather(engine: Chats, split: str, each: int) -> dict[str, Any]:
     """The model card's tool: called rightly, and its result told, for every weather wording of the split."""
     tool = written_tools()[0]
     declared = Declared(tool, "get_weather", {"city": "city"}, CARD_TOOL)
@@ -238,7 +247,7 @@ def _weather(engine: Engine, split: str, each: int) -> dict[str, Any]:
 
 
 def _reply(
-    engine: Engine,
+    engine: Chats,
     messages: list[dict[str, Any]],
     tools: list[dict[str, Any]] | None,
     params: SamplingParams | None = None,
@@ -302,5 +311,4 @@ def _hero_of(story: str) -> str:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     main()

@@ -2,17 +2,13 @@
 
 import asyncio
 import json
-import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,8 +18,8 @@ import pytest
 
 from offload.checkpoint import Checkpoint
 from offload.shard import TensorInfo
+from tests.serving import KEY, Server, command, serving
 
-KEY = "s3cret"
 MESSAGES = [{"role": "user", "content": "Tell me something."}]
 TOOLS = [
     {
@@ -35,46 +31,6 @@ TOOLS = [
         },
     }
 ]
-
-
-@dataclass
-class Server:
-    process: subprocess.Popen[str]
-    url: str
-
-    @property
-    def base_url(self) -> str:
-        return f"{self.url}/v1"
-
-    def client(self, **options: object) -> openai.OpenAI:
-        settings = {"base_url": self.base_url, "api_key": KEY, "max_retries": 0, "timeout": 60, **options}
-        return openai.OpenAI(**settings)  # type: ignore[arg-type]
-
-    def async_client(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=self.base_url, api_key=KEY, max_retries=0, timeout=120)
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", "from cli.main import main; main()", *arguments]
-
-
-@contextmanager
-def serving(model: Path, *arguments: str) -> Iterator[Server]:
-    process = subprocess.Popen(
-        command("serve", str(model), "--port", "0", *arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "HYBRID_API_KEY": KEY},
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line, process.stderr and process.stderr.read()
-        yield Server(process, line.split()[-1])
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.fixture(scope="module")

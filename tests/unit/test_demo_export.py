@@ -321,7 +321,16 @@ def test_a_run_that_begins_with_a_model_goes_on_and_does_not_begin_anew(
     assert "stopped at 0.00M tokens" in capsys.readouterr().out
     state = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
     assert state["counters"][0] == 2
-    assert failed(train.main, *command) == 2
+    train.main(command)
+    train.main(
+        [*command, "--from", str(tmp_path / "two")]
+    )  # a directory that holds no model, or by now another
+    after = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
+    assert after["counters"][0] == 4
+    assert after["settings"]["begun_with"] == state["settings"]["begun_with"] != ""
+    capsys.readouterr()
+    own = [str(tmp_path / "one"), "--tokens", "4096", *options]
+    assert failed(train.main, *own, "--from", str(model)) == 2
     assert "other settings" in capsys.readouterr().err
     assert failed(train.main, str(tmp_path / "three"), "--from", str(tmp_path), *options) == 2
 

@@ -170,12 +170,17 @@ class Run:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
             length, seen = state["settings"]["tokens"], state["counters"][1]
-            mine = dataclasses.asdict(self.settings) | {"tokens": length}
-            if mine != {"begun_with": "", **state["settings"]} or state["config"] != self.config:
+            saved = {"begun_with": "", **state["settings"]}
+            begun_with = (
+                saved["begun_with"] or self.settings.begun_with
+            )  # MODEL may hold another model by now
+            mine = dataclasses.asdict(self.settings) | {"tokens": length, "begun_with": begun_with}
+            if mine != saved or state["config"] != self.config:
                 raise UsageError(f"{file}: a run with other settings; use its settings, or another directory")
             if tokens not in (None, length) and tokens < seen:
                 raise UsageError(f"{file}: has seen {seen:,} tokens; a length of {tokens:,} is less")
-            self.settings = dataclasses.replace(self.settings, tokens=length if tokens is None else tokens)
+            length = length if tokens is None else tokens
+            self.settings = dataclasses.replace(self.settings, tokens=length, begun_with=begun_with)
             self.model.load_state_dict(state["model"])
             self.muon.load_state_dict(state["muon"])
             self.adam.load_state_dict(state["adam"])
