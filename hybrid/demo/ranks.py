@@ -3,7 +3,7 @@
     python -m hybrid.demo.ranks DIRECTORY
 
 wrote hybrid/assets' tiktoken.model and tokenizer_config.json. Values of any words are drawn from the tokens of the
-tokenizer before (`vocabulary.pieces`), so that it is made from those that are carried, and another run makes another.
+tokenizer before (`lexicon.pieces`), so that it is made from those that are carried, and another run makes another.
 """
 
 import argparse

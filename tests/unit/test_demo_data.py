@@ -29,12 +29,13 @@ from hybrid.demo.data.grammar import (
     tidy,
     with_articles,
 )
+from hybrid.demo.data.lexicon import split_of
 from hybrid.demo.data.made_up import alike, neighbour, novel_tool
 from hybrid.demo.data.results import result
 from hybrid.demo.data.talk import Conversation, Talk, spoken, worded
 from hybrid.demo.data.tool_scenes import REFUSAL
 from hybrid.demo.data.toolbox import Tool, declare, written_tools
-from hybrid.demo.data.vocabulary import Vocabulary, split_of
+from hybrid.demo.data.vocabulary import Vocabulary
 from hybrid.synth import ASSETS
 from tests.reference.turns import prompt_of, reply_of
 

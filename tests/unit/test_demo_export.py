@@ -322,9 +322,8 @@ def test_a_run_that_begins_with_a_model_goes_on_and_does_not_begin_anew(
     state = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
     assert state["counters"][0] == 2
     train.main(command)
-    train.main(
-        [*command, "--from", str(tmp_path / "two")]
-    )  # a directory that holds no model, or by now another
+    # A directory that holds no model any more, or by now another.
+    train.main([*command, "--from", str(tmp_path / "two")])
     after = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
     assert after["counters"][0] == 4
     assert after["settings"]["begun_with"] == state["settings"]["begun_with"] != ""

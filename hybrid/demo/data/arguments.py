@@ -2,7 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from hybrid.demo.data.vocabulary import NUMBER_WORDS, Vocabulary
+from hybrid.demo.data.lexicon import NUMBER_WORDS
+from hybrid.demo.data.vocabulary import Vocabulary
 
 SIZES, UNITS = ["small", "medium", "large"], ["celsius", "fahrenheit"]
 

@@ -5,8 +5,9 @@ from functools import cache
 from random import Random
 
 from hybrid.demo.data.grammar import Pattern, all_wordings, blocks, with_articles
+from hybrid.demo.data.lexicon import split_of
 from hybrid.demo.data.toolbox import Parameter, Tool, written_tools
-from hybrid.demo.data.vocabulary import Vocabulary, split_of
+from hybrid.demo.data.vocabulary import Vocabulary
 
 _NOUNS = """shape texture taste smell material username password_hint signature motto password_age
 engine_size fuel_type top_speed average_speed daily_limit weekly_plan monthly_cost yearly_income net_worth market_share job_title

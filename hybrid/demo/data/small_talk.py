@@ -5,8 +5,9 @@ from functools import cache
 from random import Random
 
 from hybrid.demo.data.grammar import SLOT, Pattern, all_wordings, blocks, fill, slots_of, with_articles
+from hybrid.demo.data.lexicon import NUMBER_WORDS, split_of
 from hybrid.demo.data.talk import Talk, spoken
-from hybrid.demo.data.vocabulary import ANIMALS, NUMBER_WORDS, split_of
+from hybrid.demo.data.vocabulary import ANIMALS
 
 _Wordings = dict[str, list[Pattern]]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from hybrid.demo.data.arguments import SCHEMAS
 from hybrid.demo.data.grammar import SPLITS, Pattern, all_wordings, blocks, framed_phrase
-from hybrid.demo.data.vocabulary import common_words, split_of
+from hybrid.demo.data.lexicon import common_words, split_of
 
 
 @dataclass(frozen=True)

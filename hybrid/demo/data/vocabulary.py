@@ -1,95 +1,27 @@
 """Open words: names, numbers, times and phrases, each belonging to one split by a hash of its spelling."""
 
-import base64
 import re
-import zlib
-from collections import Counter
-from collections.abc import Iterator
-from functools import cache
-from importlib import resources
 from random import Random
 from typing import Any
 
-from hybrid.demo.data.grammar import SLOT, SPLITS, blocks
-
-
-def split_of(text: str) -> str:
-    """The split that a name or number belongs to, wherever and however it is written: train 80 %, others 10 %."""
-    bucket = zlib.crc32(text.lower().encode()) % 10
-    return SPLITS[1] if bucket == 1 else SPLITS[2] if bucket == 0 else SPLITS[0]
-
-
-@cache
-def _lists() -> dict[str, dict[str, list[str]]]:
-    found = {}
-    pairs = ",".join(line for block in blocks("facts.txt") for line in block.get("pairs", []))
-    told = {name.strip().lower() for pair in pairs.split(",") for name in pair.split("=")}
-    for name, lines in blocks("words.txt")[-1].items():
-        items = [item.strip() for item in ",".join(lines).split(",")]
-        found[name] = {
-            split: [i for i in items if split_of(i) == split and (split == "train" or i.lower() not in told)]
-            for split in SPLITS
-        }  # facts are told in every split: what they name is in none but the first
-    return found
-
-
-def _lines() -> Iterator[tuple[str, str]]:
-    """Every line that the data files have for training, without its slots' names, each with its file's name."""
-    files = (file.name for file in (resources.files(__package__) / "text").iterdir())
-    for name in sorted(name for name in files if name.endswith(".txt")):
-        for block in blocks(name):
-            for heading, lines in block.items():
-                if heading not in SPLITS[1:]:
-                    yield from ((name, SLOT.sub("", line)) for line in lines)
-
-
-def _words(line: str) -> list[str]:
-    """The lower-case words of a line, none of them half of an "isn't"."""
-    return re.findall(r"(?<!['\w])[a-z]{3,}(?!['\w])", line)
-
-
-@cache
-def _said() -> list[str]:
-    """Every lower-case word that the data files have for training."""
-    return sorted({word for _, line in _lines() for word in _words(line)})
-
-
-@cache
-def _barred() -> frozenset[str]:
-    """What no word of a made-up value is: the other splits' names, and what a request goes on with after one."""
-    held_out = {item.lower() for lists in _lists().values() for split in SPLITS[1:] for item in lists[split]}
-    return _MARKS | held_out
-
-
-@cache
-def common_words() -> list[str]:
-    """Words that lines have again and again, whatever split a name of that spelling would be of."""
-    count = Counter(word for name, line in _lines() if name != "words.txt" for word in _words(line))
-    return sorted(word for word, n in count.items() if n >= 10 and word not in _barred())
-
-
-@cache
-def pieces() -> list[str]:
-    """Words and parts of words that the carried tokenizer has one token for. What training says has some again and
-    again that values hardly ever have ("table", "cel"), and a token is copied only if it is asked for often enough."""
-    ranks = (resources.files("hybrid") / "assets" / "tiktoken.model").read_bytes().splitlines()
-    tokens = [base64.b64decode(line.split()[0]).decode("latin-1") for line in ranks]
-    return [token for token in tokens if re.fullmatch("[a-z]{2,}", token) and token not in _barred()]
+from hybrid.demo.data.grammar import SLOT
+from hybrid.demo.data.lexicon import (
+    DAYS,
+    LITTLE,
+    MONTHS,
+    barred,
+    common_words,
+    jumbled,
+    lists,
+    pieces,
+    said,
+    split_of,
+)
 
 
 def _as_title(text: str) -> str:
     """As titles are written: "Lost in Time"."""
-    return " ".join(word if word in _LITTLE else word.capitalize() for word in text.split())
-
-
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
-
-
-@cache
-def _jumbled() -> list[str]:
-    """Words for jumbles that are none of the other splits' own."""
-    return [word for word in _said() if split_of(word) == "train" and word not in _MARKS]
+    return " ".join(word if word in LITTLE else word.capitalize() for word in text.split())
 
 
 _ONSETS = "b br c ch d dr f fl g gr h j k kl l m n p pl r s sh st t th tr v w z".split()
@@ -108,17 +40,10 @@ ROOMS = (
     "hallway balcony"
 ).replace("+", "_")
 TRANSPORTS = "car train bus bike boat plane taxi ferry tram".split()
-NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 ANIMALS = """cat dog mouse bear fox horse owl rabbit frog duck wolf lion hedgehog turtle bird fish goat donkey squirrel elephant
 dragon unicorn tiger monkey snake bee cow sheep pig penguin whale giraffe crocodile robot wizard knight ghost princess king
 spider snail parrot camel zebra panda kangaroo octopus dolphin shark eagle raven swan beaver badger deer hamster pony
 dinosaur giant witch pirate teddy caterpillar butterfly ladybird lizard koala seal crab raccoon""".split()
-_LITTLE = "in to of my is it you with not very the the are was".split()
-_MARKS = frozenset(
-    """please pls plz thx asap again now today tomorrow tonight soon later noon quickly thanks thank ok okay then also and
-    but before until via small medium large on off the for with from into are was""".split()
-) | {word.lower() for word in [*DAYS, *MONTHS, *NUMBER_WORDS, *_LITTLE]}
-"""What a request may go on with after a value: no value of any words has them, but for the little ones, within it."""
 _CLOSED_BELOW = 13
 """Numbers below this are in every split."""
 
@@ -138,7 +63,7 @@ class Vocabulary:
         made = getattr(self, f"_{kind}", None)
         if made is not None:
             return str(made())
-        return self.expand(self.rng.choice(_lists()[_LISTED[kind]][self.split]))
+        return self.expand(self.rng.choice(lists()[_LISTED[kind]][self.split]))
 
     def expand(self, text: str) -> str:
         """`text` with every slot filled by its kind, each time anew."""
@@ -168,10 +93,10 @@ class Vocabulary:
         pieces words are made of have to be copied; training's also tokens in a row, and in foreign spellings."""
         if self.split == "train":
             return self._foreign_spelling(self._strange(low, high))
-        return self._blend(low, high) if self.rng.random() >= 0.65 else self._syllables(low, high)
+        return self._syllables(low, high) if self.rng.random() < 0.65 else self._blend(low, high)
 
     def _blend(self, low: int, high: int) -> str:
-        head, tail = (self.rng.choice(_said()) for _ in range(2))
+        head, tail = (self.rng.choice(said()) for _ in range(2))
         return head[: self.rng.randint(1, 3 * low)] + tail[-self.rng.randint(1, 3 * high) :]
 
     def _strange(self, low: int, high: int) -> str:
@@ -184,7 +109,7 @@ class Vocabulary:
                 word = self._syllables(low, high) if roll < 0.7 else self._blend(low, high)
             if self.rng.random() < 0.2:
                 word = re.sub("^[^aeiou]+(?=[aeiou].)", "", word)
-            if word not in _barred():
+            if word not in barred():
                 return word
 
     def _foreign_spelling(self, word: str) -> str:
@@ -211,7 +136,7 @@ class Vocabulary:
             for i in range(1, len(words) - 1):  # where nobody could take them for what follows the value
                 roll = self.rng.random()
                 if roll < 0.25:
-                    words[i] = self.rng.choice(_LITTLE)
+                    words[i] = self.rng.choice(LITTLE)
                 elif roll < 0.4:  # what was said twice is copied by where it stands, not by the word before
                     words[i] = self.rng.choice(words[:i])
             return " ".join(words)
@@ -223,7 +148,7 @@ class Vocabulary:
         roll = self.rng.random()
         if roll < 0.25:
             return self._invented(1, 2)
-        return self.rng.choice(pieces() if roll < 0.6 else common_words() if roll < 0.75 else _jumbled())
+        return self.rng.choice(pieces() if roll < 0.6 else common_words() if roll < 0.75 else jumbled())
 
     def _name(self, low: int = 1, high: int = 3) -> str:
         return self._own(lambda: self._invented(low, high).capitalize())
@@ -235,7 +160,7 @@ class Vocabulary:
     def _city(self) -> str:
         rng, roll = self.rng, self.rng.random()
         if roll < 0.45:
-            city = rng.choice(_lists()["cities"][self.split])
+            city = rng.choice(lists()["cities"][self.split])
         elif roll < 0.7:
             city = self._name()
         elif roll < 0.85:
@@ -252,7 +177,7 @@ class Vocabulary:
     def _person(self) -> str:
         roll = self.rng.random()
         if roll < 0.45:
-            return self._cased(self.rng.choice(_lists()["persons"][self.split]))
+            return self._cased(self.rng.choice(lists()["persons"][self.split]))
         if roll < 0.85:
             return self._cased(self._name(1, 2))
         return f"{self._name(1, 2)} {self._name(1, 2)}"
@@ -263,7 +188,7 @@ class Vocabulary:
     def _company(self) -> str:
         roll = self.rng.random()
         if roll < 0.4:
-            return self._cased(self.rng.choice(_lists()["companies"][self.split]))
+            return self._cased(self.rng.choice(lists()["companies"][self.split]))
         if roll < 0.75:
             return self._cased(self._name(1, 2))
         form = self.rng.choice(
@@ -273,11 +198,11 @@ class Vocabulary:
 
     def _word(self) -> str:
         if self.rng.random() < 0.6:
-            return self.rng.choice(_lists()["words"][self.split])
+            return self.rng.choice(lists()["words"][self.split])
         return self._own(lambda: self._invented(1, 3))
 
     def _dish(self) -> str:
-        if self.rng.random() < 0.5 and (known := _lists()["dishes"][self.split]):
+        if self.rng.random() < 0.5 and (known := lists()["dishes"][self.split]):
             return self.rng.choice(known)
         form = self.rng.choice(
             "{word} soup|{item} pie|{city} cake|{item} with {item}|{word} bread|{person} salad".split("|")
@@ -287,7 +212,7 @@ class Vocabulary:
     def _topic(self) -> str:
         roll = self.rng.random()
         if roll < 0.5:
-            return self.rng.choice(_lists()["topics"][self.split])
+            return self.rng.choice(lists()["topics"][self.split])
         form = self.rng.choice(
             "{word} and {word}|the history of {city}|{city}|{dish}|the {word} of {city}|{person}|old {word} shops|cheap {item}|{word}".split(
                 "|"
@@ -297,7 +222,7 @@ class Vocabulary:
 
     def _title(self) -> str:
         if self.rng.random() < 0.5:
-            return self._cased(self.rng.choice(_lists()["titles"][self.split]))
+            return self._cased(self.rng.choice(lists()["titles"][self.split]))
         form = self.rng.choice(
             "{word} {word}|the {word}|{word} of {city}|my {word}|{person} and the {word}".split("|")
         )

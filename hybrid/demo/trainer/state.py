@@ -171,9 +171,8 @@ class Run:
             state = torch.load(file, map_location="cpu", weights_only=True)
             length, seen = state["settings"]["tokens"], state["counters"][1]
             saved = {"begun_with": "", **state["settings"]}
-            begun_with = (
-                saved["begun_with"] or self.settings.begun_with
-            )  # MODEL may hold another model by now
+            # What a run began with stays so: the directory may hold another model by now.
+            begun_with = saved["begun_with"] or self.settings.begun_with
             mine = dataclasses.asdict(self.settings) | {"tokens": length, "begun_with": begun_with}
             if mine != saved or state["config"] != self.config:
                 raise UsageError(f"{file}: a run with other settings; use its settings, or another directory")
